@@ -1,0 +1,412 @@
+"""Gathered block attention: each block of query rows attends to its block of key rows, in several rounds.
+
+A round is one launch. It starts from the running (out, lse) of its rows and leaves the new ones, so that after the
+last round each row holds one softmax over all the keys that it met, and nothing is kept per round. The backward
+recomputes the probabilities from that total lse, as in FlashAttention-2 (Dao 2023, section 3.1): one launch a round
+for dq and one for dk, dv. Index blocks partition the rows of a round, so each row has one writer: no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import Config, Cost, TuningSpace
+from .launch import Launch, dot_precision, run
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Gathers rows into [len(rows), BLOCK_DIM]; row -1 and columns from DIM on read as 0."""
+    columns = tl.arange(0, BLOCK_DIM)
+    mask = (rows >= 0)[:, None]
+    if BLOCK_DIM != DIM:
+        mask = mask & (columns < DIM)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, value, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    columns = tl.arange(0, BLOCK_DIM)
+    mask = (rows >= 0)[:, None]
+    if BLOCK_DIM != DIM:
+        mask = mask & (columns < DIM)[None, :]
+    value = value.to(base.dtype.element_ty)
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_index(base, block, size, start, is_block, BLOCK: tl.constexpr):
+    """The row numbers start .. start + BLOCK - 1 of an index block; -1 beyond its end, or where there is no block."""
+    offsets = start + tl.arange(0, BLOCK)
+    return tl.load(base + block.to(tl.int64) * size + offsets, mask=(offsets < size) & is_block, other=-1)
+
+
+@triton.jit
+def neighbour(block, distance, round_id, n_rounds, n_blocks, WRAP: tl.constexpr):
+    """Block number over all rounds of the block that stands ``distance`` after ``block`` in a round, and if it is."""
+    first = round_id * n_blocks
+    other = first + block + distance
+    if WRAP:
+        total = n_rounds * n_blocks
+        return ((other % total) + total) % total, True
+    else:
+        return other, (other >= first) & (other < first + n_blocks)
+
+
+@triton.jit
+def pair_mask(q_rows, k_rows, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr):
+    """Which pairs take part; q_rows and k_rows broadcast against each other."""
+    keep = (k_rows >= 0) & (q_rows >= 0)
+    if IS_CAUSAL:
+        keep = keep & (k_rows <= q_rows)
+    if EXCLUDE_SELF:
+        keep = keep & (k_rows != q_rows)
+    return keep
+
+
+@triton.jit(do_not_specialize=["round_id", "n_rounds", "look_back", "look_ahead"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    n_heads, group_size, n_queries, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale_log2,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # one program = one tile of BLOCK_M queries of one block; the tiles of a head are consecutive, so its keys stay cached
+    m_tiles = tl.cdiv(c_q, BLOCK_M)
+    pid = tl.program_id(0)
+    row = (pid // (n_blocks * m_tiles)).to(tl.int64)  # batch * n_heads + head
+    tile = pid % (n_blocks * m_tiles)
+    block = tile // m_tiles
+    batch = row // n_heads
+    head = row % n_heads
+    kv_head = head // group_size
+    q_ptr += batch * q_stride_b + head * q_stride_h
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    out_ptr += row * n_queries * VALUE_DIM
+    lse_ptr += row * n_queries
+    q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
+    k_index_ptr += row * n_rounds * n_blocks * c_k
+
+    q_rows = load_index(q_index_ptr, block, c_q, (tile % m_tiles) * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
+    q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    if IS_FIRST:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    else:
+        # the earlier rounds stand as one key of logit lse and value out
+        lse = tl.load(lse_ptr + q_rows, mask=q_rows >= 0, other=float("-inf"))  # [BLOCK_M]
+        m = lse * 1.4426950408889634
+        total = tl.where(lse == float("-inf"), 0.0, 1.0)
+        acc = load_rows(out_ptr, q_rows, VALUE_DIM, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+
+    n_tiles = tl.cdiv(c_k, BLOCK_N)
+    for step in range(0, (1 + look_back + look_ahead) * n_tiles):
+        k_block, is_block = neighbour(block, step // n_tiles - look_back, round_id, n_rounds, n_blocks, WRAP)
+        k_rows = load_index(k_index_ptr, k_block, c_k, (step % n_tiles) * BLOCK_N, is_block, BLOCK_N)  # [BLOCK_N]
+        k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+        s = tl.where(pair_mask(q_rows[:, None], k_rows[None, :], IS_CAUSAL, EXCLUDE_SELF), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without keys: exp2(-inf - 0) = 0, not NaN
+        alpha = tl.exp2(m - m_safe)
+        p = tl.exp2(s - m_safe[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+
+    met = total > 0.0
+    out = acc * (1.0 / tl.where(met, total, 1.0))[:, None]
+    lse = tl.where(met, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    store_rows(out_ptr, q_rows, VALUE_DIM, out, VALUE_DIM, BLOCK_DV)
+    tl.store(lse_ptr + q_rows, lse, mask=q_rows >= 0)
+
+
+@triton.jit(do_not_specialize=["round_id", "n_rounds", "look_back", "look_ahead"])
+def backward_dq_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    n_heads, group_size, n_queries, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m_tiles = tl.cdiv(c_q, BLOCK_M)
+    pid = tl.program_id(0)
+    row = (pid // (n_blocks * m_tiles)).to(tl.int64)
+    tile = pid % (n_blocks * m_tiles)
+    block = tile // m_tiles
+    batch = row // n_heads
+    head = row % n_heads
+    kv_head = head // group_size
+    q_ptr += batch * q_stride_b + head * q_stride_h
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    dout_ptr += row * n_queries * VALUE_DIM
+    dq_ptr += row * n_queries * HEAD_DIM
+    lse_ptr += row * n_queries
+    delta_ptr += row * n_queries
+    q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
+    k_index_ptr += row * n_rounds * n_blocks * c_k
+
+    q_rows = load_index(q_index_ptr, block, c_q, (tile % m_tiles) * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
+    q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr, q_rows, VALUE_DIM, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    lse = tl.load(lse_ptr + q_rows, mask=q_rows >= 0, other=0.0) * 1.4426950408889634  # [BLOCK_M]
+    delta = tl.load(delta_ptr + q_rows, mask=q_rows >= 0, other=0.0)  # [BLOCK_M]
+    if IS_FIRST:
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        dq = load_rows(dq_ptr, q_rows, HEAD_DIM, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+
+    n_tiles = tl.cdiv(c_k, BLOCK_N)
+    for step in range(0, (1 + look_back + look_ahead) * n_tiles):
+        k_block, is_block = neighbour(block, step // n_tiles - look_back, round_id, n_rounds, n_blocks, WRAP)
+        k_rows = load_index(k_index_ptr, k_block, c_k, (step % n_tiles) * BLOCK_N, is_block, BLOCK_N)  # [BLOCK_N]
+        k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        keep = pair_mask(q_rows[:, None], k_rows[None, :], IS_CAUSAL, EXCLUDE_SELF)
+        p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)  # [BLOCK_M, BLOCK_N]
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        ds = p * (dp - delta[:, None]) * scale
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    store_rows(dq_ptr, q_rows, HEAD_DIM, dq, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["round_id", "n_rounds", "look_back", "look_ahead"])
+def backward_dkv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    n_heads, group_size, n_queries, n_keys, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # one program = one tile of BLOCK_N keys of one block, for one query head (heads of a group are summed afterwards)
+    n_tiles = tl.cdiv(c_k, BLOCK_N)
+    pid = tl.program_id(0)
+    row = (pid // (n_blocks * n_tiles)).to(tl.int64)
+    tile = pid % (n_blocks * n_tiles)
+    block = tile // n_tiles
+    batch = row // n_heads
+    head = row % n_heads
+    kv_head = head // group_size
+    q_ptr += batch * q_stride_b + head * q_stride_h
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    dout_ptr += row * n_queries * VALUE_DIM
+    lse_ptr += row * n_queries
+    delta_ptr += row * n_queries
+    dk_ptr += row * n_keys * HEAD_DIM
+    dv_ptr += row * n_keys * VALUE_DIM
+    q_index_ptr += row * n_rounds * n_blocks * c_q
+    k_index_ptr += (row * n_rounds + round_id) * n_blocks * c_k
+
+    k_rows = load_index(k_index_ptr, block, c_k, (tile % n_tiles) * BLOCK_N, True, BLOCK_N)  # [BLOCK_N]
+    k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    if IS_FIRST:
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    else:
+        dk = load_rows(dk_ptr, k_rows, HEAD_DIM, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        dv = load_rows(dv_ptr, k_rows, VALUE_DIM, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+
+    m_tiles = tl.cdiv(c_q, BLOCK_M)
+    for step in range(0, (1 + look_back + look_ahead) * m_tiles):
+        # the queries that look back to these keys stand after them, and the other way round
+        q_block, is_block = neighbour(block, step // m_tiles - look_ahead, round_id, n_rounds, n_blocks, WRAP)
+        q_rows = load_index(q_index_ptr, q_block, c_q, (step % m_tiles) * BLOCK_M, is_block, BLOCK_M)  # [BLOCK_M]
+        q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        dout = load_rows(dout_ptr, q_rows, VALUE_DIM, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        lse = tl.load(lse_ptr + q_rows, mask=q_rows >= 0, other=0.0) * 1.4426950408889634  # [BLOCK_M]
+        delta = tl.load(delta_ptr + q_rows, mask=q_rows >= 0, other=0.0)  # [BLOCK_M]
+        # transposed, so that p and ds are left operands as they come
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)  # [BLOCK_N, BLOCK_M]
+        keep = pair_mask(q_rows[None, :], k_rows[:, None], IS_CAUSAL, EXCLUDE_SELF)
+        p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        ds = p * (dp - delta[None, :]) * scale
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    store_rows(dk_ptr, k_rows, HEAD_DIM, dk, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, k_rows, VALUE_DIM, dv, VALUE_DIM, BLOCK_DV)
+
+
+_SPACE = TuningSpace(
+    blocks={"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128)}, num_warps=(4, 8), num_stages=(1, 2, 3)
+)
+TUNING: dict[str, TuningSpace] = {
+    "block_attention_forward": _SPACE,
+    "block_attention_backward_dq": _SPACE,
+    "block_attention_backward_dkv": _SPACE,
+}
+_KERNELS = {
+    "block_attention_forward": forward_kernel,
+    "block_attention_backward_dq": backward_dq_kernel,
+    "block_attention_backward_dkv": backward_dkv_kernel,
+}
+
+
+def cost(
+    kernel: str, *, batch: int, heads: int, rounds: int, n_blocks: int, c_q: int, c_k: int,
+    head_dim: int, value_dim: int, element_size: int = 4, neighbours: int = 1,
+) -> Cost:  # fmt: skip
+    """Work of all the rounds of one pass of ``kernel`` (a key of :data:`TUNING`)."""
+    blocks = batch * heads * rounds * n_blocks
+    pairs = blocks * c_q * c_k * neighbours
+    q_rows, k_rows = blocks * c_q, blocks * c_k * neighbours
+    in_q, in_k = head_dim, head_dim + value_dim
+    if kernel == "block_attention_forward":
+        state = 2 * value_dim + 2  # the running out and lse, read and written
+        return Cost(2 * pairs * (head_dim + value_dim), (q_rows * in_q + k_rows * in_k) * element_size
+                    + q_rows * (4 * state + 4) + k_rows * 4, pairs)  # fmt: skip
+    if kernel == "block_attention_backward_dq":
+        return Cost(2 * pairs * (2 * head_dim + value_dim),
+                    (q_rows * (in_q + value_dim) + k_rows * in_k) * element_size
+                    + q_rows * (8 * head_dim + 12) + k_rows * 4, pairs)  # fmt: skip
+    if kernel == "block_attention_backward_dkv":
+        q_rows, k_rows = blocks * c_q * neighbours, blocks * c_k
+        return Cost(2 * pairs * 2 * (head_dim + value_dim),
+                    (q_rows * (in_q + value_dim) + k_rows * in_k) * element_size
+                    + k_rows * (8 * (head_dim + value_dim) + 4) + q_rows * 12, pairs)  # fmt: skip
+    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+
+
+def heuristic(kernel: str, device_type: str, c_q: int, c_k: int, head_dim: int) -> Config:
+    """The configuration where nothing was tuned: whole blocks as tiles up to what registers (or the cache) hold."""
+    most = 64 if device_type != "cpu" and (head_dim > 128 or kernel != "block_attention_forward") else 128
+    if device_type != "cpu" and head_dim > 64:
+        most = min(most, 64)
+    m, n = (min(most, max(16, triton.next_power_of_2(size))) for size in (c_q, c_k))
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n >= 128 * 128 else 4, num_stages=2)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query meets, beside its block's own: see :func:`forward`."""
+
+    look_back: int = 0
+    look_ahead: int = 0
+    wrap: bool = True
+    is_causal: bool = False
+    exclude_self: bool = False
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launches(
+    kernel: str, tensors: Mapping[str, torch.Tensor], pattern: Pattern, scale: float, config: Mapping[str, Config]
+) -> Iterator[Launch]:
+    """One launch a round of ``kernel`` on ``tensors``, named as the kernel's pointer arguments without ``_ptr``."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    batch, heads, n_queries, head_dim = q.shape
+    n_keys, value_dim = v.shape[2:]
+    _, _, n_rounds, n_blocks, c_q = tensors["q_index"].shape
+    c_k = tensors["k_index"].shape[-1]
+    chosen = config.get(kernel) or heuristic(kernel, q.device.type, c_q, c_k, head_dim)
+    is_dkv = kernel == "block_attention_backward_dkv"
+    args = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        args |= dict(zip((f"{name}_stride_{axis}" for axis in "bhn"), tensor.stride(), strict=False))
+    args |= {"n_heads": heads, "group_size": heads // k.shape[1], "n_queries": n_queries}
+    args |= {"n_keys": n_keys} if is_dkv else {}
+    args |= {"n_rounds": n_rounds, "n_blocks": n_blocks, "c_q": c_q, "c_k": c_k, "round_id": 0}
+    args |= {"look_back": pattern.look_back, "look_ahead": pattern.look_ahead}
+    args |= {"scale_log2": scale * LOG2_E} if kernel == "block_attention_forward" else {"scale": scale}
+    args |= {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
+    args |= {"BLOCK_D": max(16, triton.next_power_of_2(head_dim))}  # 16: the least that tl.dot takes
+    args |= {"BLOCK_DV": max(16, triton.next_power_of_2(value_dim))}
+    args |= {"IS_CAUSAL": pattern.is_causal, "EXCLUDE_SELF": pattern.exclude_self, "WRAP": pattern.wrap}
+    args |= {"IS_FIRST": True, "PRECISION": dot_precision(q.dtype)}
+    size, tile = (c_k, chosen.blocks["BLOCK_N"]) if is_dkv else (c_q, chosen.blocks["BLOCK_M"])
+    grid = (batch * heads * n_blocks * triton.cdiv(size, tile),)
+    for round_id in range(n_rounds):
+        yield Launch(_KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor, *,
+    look_back: int = 0, look_ahead: int = 0, wrap: bool = True, is_causal: bool = False, exclude_self: bool = False,
+    scale: float, config: Mapping[str, Config] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, lse) of block attention; the arguments are checked by ``fastattn.ops.block_attention``.
+
+    q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); q_index (B, H, R, nb, Cq), k_index (B, H, R, nb, Ck), int32
+    and contiguous, -1 is padding. Block c of round r meets the key blocks c - look_back .. c + look_ahead, numbered on
+    over the rounds and round the end with ``wrap``, cut off at the round's ends without. A causal query meets keys at
+    its own row or before; ``exclude_self`` leaves out its own. Returns out (B, H, N, Dv) in q's dtype and lse (B, H, N)
+    in fp32; a row that meets no key has 0 and -inf. Raises :class:`~fastattn.kernels.errors.Unsupported`.
+    """
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    # between rounds the running out is fp32, whatever the inputs are
+    state_dtype = torch.float32 if q_index.shape[2] > 1 else q.dtype
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=state_dtype)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    tensors = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "out": out, "lse": lse}
+    pattern = Pattern(look_back, look_ahead, wrap, is_causal, exclude_self)
+    run(_launches("block_attention_forward", tensors, pattern, scale, config or {}))
+    return out.to(q.dtype), lse
+
+
+def backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_index: torch.Tensor,
+    k_index: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *,
+    look_back: int = 0, look_ahead: int = 0, wrap: bool = True, is_causal: bool = False, exclude_self: bool = False,
+    scale: float, config: Mapping[str, Config] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dq, dk, dv) from dout (B, H, N, Dv) and what :func:`forward` returned; the same options."""
+    q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), dout.contiguous()
+    batch, heads, _, head_dim = q.shape
+    kv_heads, n_keys, value_dim = v.shape[1:]
+    pattern = Pattern(look_back, look_ahead, wrap, is_causal, exclude_self)
+    delta = torch.linalg.vecdot(dout.float(), out.float())  # [B, H, N]
+    dq = q.new_zeros(q.shape, dtype=torch.float32)
+    dk = k.new_zeros((batch, heads, n_keys, head_dim), dtype=torch.float32)
+    dv = v.new_zeros((batch, heads, n_keys, value_dim), dtype=torch.float32)
+    read = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse, "delta": delta}
+    run(_launches("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config or {}))
+    run(_launches("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config or {}))
+    if kv_heads != heads:
+        dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def example_launch(
+    kernel: str, dtype: torch.dtype, *, head_dim: int, value_dim: int | None = None, c_q: int = 64, c_k: int = 64,
+    device_type: str = "cuda", pattern: Pattern | None = None, config: Config | None = None, first: bool = False,
+) -> Launch:  # fmt: skip
+    """A launch of ``kernel`` on tensors without memory: what an ahead-of-time compiler needs to see."""
+    value_dim = value_dim or head_dim
+    config = config or heuristic(kernel, device_type, c_q, c_k, head_dim)
+    meta = {"device": "meta", "dtype": dtype}
+    state = {"device": "meta", "dtype": torch.float32}
+    x, y = torch.empty(1, 1, c_q, head_dim, **meta), torch.empty(1, 1, c_k, value_dim, **meta)
+    q_index, k_index = (torch.empty(1, 1, 2, 1, c, device="meta", dtype=torch.int32) for c in (c_q, c_k))
+    tensors = {"q": x, "k": x, "v": y, "q_index": q_index, "k_index": k_index}
+    if kernel == "block_attention_forward":
+        tensors |= {"out": y.to(torch.float32), "lse": torch.empty(1, 1, c_q, **state)}
+    else:
+        tensors = {"dout": y} | tensors
+        tensors |= {"lse": torch.empty(1, 1, c_q, **state), "delta": torch.empty(1, 1, c_q, **state)}
+        grads = ("dq",) if kernel == "block_attention_backward_dq" else ("dk", "dv")
+        tensors |= {name: torch.empty(1, 1, c_q, head_dim, **state) for name in grads}
+    launches = _launches(kernel, tensors, pattern or Pattern(), 1.0, {kernel: config})
+    return [*launches][0 if first else 1]

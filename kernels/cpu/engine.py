@@ -1,0 +1,106 @@
+"""Runs a kernel's launch on the CPU: builds it once for its argument types and constants, then calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import struct
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ..errors import Unsupported
+from ..launch import Launch, signature
+from . import build, machine
+from .emit import ENTRY, generate
+from .frontend import ttir
+
+_HERE = Path(__file__).parent
+_SLOTS = {"fp32": "f4x", "fp64": "d", "i1": "q", "i8": "q", "i16": "q", "i32": "q", "i64": "q"}
+
+
+class Built:
+    """A kernel for one choice of argument types and constants."""
+
+    def __init__(self, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
+        level = machine.supported_levels()[0]
+        given = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
+        key = [kernel.cache_key, repr(sorted(types.items())), repr(sorted(constants.items())), *_versions(), level.name]
+        library = build.load(kernel.__name__, key, lambda: generate(ttir(kernel, types, constants), level.lanes), level)
+        self.entry = ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p)
+        self.names = [name for name, _ in given]
+        self.pack = struct.Struct("<" + "".join("q" if kind[0] == "*" else _SLOTS[kind] for _, kind in given)).pack
+
+    def __call__(self, launch: Launch) -> None:
+        args = launch.args
+        values = (args[name] for name in self.names)
+        slots = self.pack(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values))
+        grid = (ctypes.c_int32 * 3)(*launch.grid, *(1,) * (3 - len(launch.grid)))
+        drive, parallel = _threads()
+        drive(self.entry, slots, grid, torch.get_num_threads(), parallel)
+
+
+_built: dict[Any, Built | Unsupported] = {}
+_lock = threading.Lock()
+
+
+def run(launch: Launch) -> None:
+    """Runs all programs of ``launch`` and returns when they are done.
+
+    Raises:
+        Unsupported: the kernel uses what the engine doesn't cover, or it can't be built here.
+    """
+    if math.prod(launch.grid) == 0:
+        return
+    types, constants = signature(launch)
+    key = (launch.kernel, *types.values(), *constants.values())
+    built = _built.get(key)
+    if built is None:
+        with _lock:
+            built = _built.get(key)
+            if built is None:
+                built = _built[key] = _build(launch.kernel, types, constants)
+    if isinstance(built, Unsupported):
+        raise built
+    built(launch)
+
+
+def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Built | Unsupported:
+    try:
+        return Built(kernel, types, constants)
+    except Unsupported as error:
+        return error  # kept, so that a compiler that fails is not called again and again
+
+
+def forget() -> None:
+    """Drops what this process has loaded or found impossible; the cache on disk stays."""
+    _built.clear()
+    _threads.cache_clear()
+
+
+@lru_cache
+def _versions() -> tuple[str, ...]:
+    """Triton's version and a digest of the engine itself."""
+    files = sorted([*_HERE.glob("*.py"), *_HERE.glob("*.h")])
+    return triton.__version__, hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@lru_cache
+def _threads() -> tuple[Callable[..., None], ctypes.c_void_p | None]:
+    """(the function that spreads programs over threads, torch's OpenMP entry or None)."""
+    source = (_HERE / "threads.cc").read_text()
+    library = build.load("threads", [source], lambda: source, machine.BASELINE)
+    drive = library.fastattn_drive
+    drive.restype = None
+    drive.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    try:
+        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError):
+        parallel = None  # torch was built with another thread pool
+    return drive, parallel

@@ -1,0 +1,91 @@
+"""The one door to a device: a kernel's launch goes to Triton's JIT, to the CPU engine or to Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from .config import Config
+from .errors import Unsupported
+
+_TRITON_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
+    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: a ``triton.jit`` function. grid: numbers of programs. args: every argument but the block sizes, by name,
+    ``constexpr`` ones included. config: the block sizes and the compiler's knobs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    config: Config
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: TF32 only where torch itself was told to use it."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
+        return "ieee"
+    return "tf32"
+
+
+def argument_type(value: Any) -> str:
+    """Triton's name for the type of a run-time argument, as in a signature."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _TRITON_TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"a kernel's argument must be a tensor, int, float or bool, got {type(value).__name__}")
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any]]:
+    """(types, constants) of a launch by argument name, in the kernel's order; ``constexpr`` stands among the types."""
+    values = launch.args | launch.config.blocks
+    types, constants = {}, {}
+    for parameter in launch.kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants[parameter.name] = value
+        types[parameter.name] = "constexpr" if parameter.is_constexpr else argument_type(value)
+    return types, constants
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Runs launches in order on the device of their tensors.
+
+    Raises:
+        Unsupported: this device can't run them; nothing of a launch that raises was run.
+    """
+    for launch in launches:
+        _run(launch)
+
+
+def _run(launch: Launch) -> None:
+    config = launch.config
+    if isinstance(launch.kernel, InterpretedFunction):
+        launch.kernel[launch.grid](**launch.args, **config.blocks)
+        return
+    device = next(value.device for value in launch.args.values() if isinstance(value, torch.Tensor))
+    if device.type == "cpu":
+        from .cpu.engine import run as run_on_cpu  # no compiler is looked for before a kernel runs
+
+        run_on_cpu(launch)
+        return
+    if device.type not in ("cuda", "xpu"):
+        raise Unsupported(f"no Triton back end for device type {device.type!r}: use cpu, cuda or xpu")
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.num_ctas != 1:
+        options["num_ctas"] = config.num_ctas
+    with torch.get_device_module(device).device(device):
+        launch.kernel[launch.grid](**launch.args, **config.blocks, **options)
