@@ -256,7 +256,7 @@ TUNING: dict[str, TuningSpace] = {
     "block_attention_backward_dq": _SPACE,
     "block_attention_backward_dkv": _SPACE,
 }
-_KERNELS = {
+KERNELS = {
     "block_attention_forward": forward_kernel,
     "block_attention_backward_dq": backward_dq_kernel,
     "block_attention_backward_dkv": backward_dkv_kernel,
@@ -312,7 +312,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launches(
+def launches_of(
     kernel: str, tensors: Mapping[str, torch.Tensor], pattern: Pattern, scale: float, config: Mapping[str, Config]
 ) -> Iterator[Launch]:
     """One launch a round of ``kernel`` on ``tensors``, named as the kernel's pointer arguments without ``_ptr``."""
@@ -339,7 +339,7 @@ def _launches(
     size, tile = (c_k, chosen.blocks["BLOCK_N"]) if is_dkv else (c_q, chosen.blocks["BLOCK_M"])
     grid = (batch * heads * n_blocks * triton.cdiv(size, tile),)
     for round_id in range(n_rounds):
-        yield Launch(_KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen)
+        yield Launch(KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen)
 
 
 def forward(
@@ -362,7 +362,7 @@ def forward(
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     tensors = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "out": out, "lse": lse}
     pattern = Pattern(look_back, look_ahead, wrap, is_causal, exclude_self)
-    run(_launches("block_attention_forward", tensors, pattern, scale, config or {}))
+    run(launches_of("block_attention_forward", tensors, pattern, scale, config or {}))
     return out.to(q.dtype), lse
 
 
@@ -382,8 +382,8 @@ def backward(
     dk = k.new_zeros((batch, heads, n_keys, head_dim), dtype=torch.float32)
     dv = v.new_zeros((batch, heads, n_keys, value_dim), dtype=torch.float32)
     read = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse, "delta": delta}
-    run(_launches("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config or {}))
-    run(_launches("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config or {}))
+    run(launches_of("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config or {}))
+    run(launches_of("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config or {}))
     if kv_heads != heads:
         dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -408,5 +408,5 @@ def example_launch(
         tensors |= {"lse": torch.empty(1, 1, c_q, **state), "delta": torch.empty(1, 1, c_q, **state)}
         grads = ("dq",) if kernel == "block_attention_backward_dq" else ("dk", "dv")
         tensors |= {name: torch.empty(1, 1, c_q, head_dim, **state) for name in grads}
-    launches = _launches(kernel, tensors, pattern or Pattern(), 1.0, {kernel: config})
+    launches = launches_of(kernel, tensors, pattern or Pattern(), 1.0, {kernel: config})
     return [*launches][0 if first else 1]

@@ -21,6 +21,9 @@ class Config:
     num_stages: int = 2
     num_ctas: int = 1
 
+    def __hash__(self) -> int:
+        return hash((*sorted(self.blocks.items()), self.num_warps, self.num_stages, self.num_ctas))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "blocks": dict(sorted(self.blocks.items())),

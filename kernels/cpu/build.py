@@ -97,16 +97,20 @@ def load(name: str, key: Sequence[str], source: Callable[[], str], level: machin
     parts = [*key, compiler.path, compiler.version, *FLAGS, *level.flags, machine.fingerprint()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{digest}.so"
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # truncated or of another system: build it again
-            path.unlink(missing_ok=True)
-    _build(compiler, source(), path, level)
+    if not _is_whole(path):
+        _build(compiler, source(), path, level)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Unsupported(f"what {compiler.path} built can't be loaded: {error}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the object is there as it was built: loading a truncated one can end the process."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
+    except OSError:
+        return False
 
 
 def _build(compiler: Compiler, source: str, path: Path, level: machine.Level) -> None:
@@ -124,5 +128,8 @@ def _build(compiler: Compiler, source: str, path: Path, level: machine.Level) ->
             raise Unsupported(f"{compiler.path} can't be run: {error}") from error
         if said.returncode != 0:
             raise Unsupported(f"{compiler.path} failed:\n{said.stderr[:2000]}")
+        digest = Path(folder) / "sha256"
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         os.replace(inner, text)
         os.replace(built, path)
+        os.replace(digest, path.with_suffix(".sha256"))

@@ -146,7 +146,8 @@ class _Parser:
         self.lines = [line.strip() for line in text.splitlines()]
         self.at = 0
         self.values: dict[str, Value] = {}
-        self.closing = ""  # the line that closed the last block
+        self.closing = ""  # the line that closed the last block, and its location
+        self.closing_place = "?"
 
     def function(self) -> Function:
         starts = [at for at, line in enumerate(self.lines) if line.startswith("tt.func")]
@@ -176,15 +177,18 @@ class _Parser:
             if not line:
                 continue
             if line.startswith("}"):
-                self.closing = line
+                self.closing, self.closing_place = line, self.place(raw)
                 return block
             if match := re.match(r"\^bb\d+\((.*)\):", line):
                 for part in split(match[1]):
                     name, kind = part.split(": ", 1)
                     block.args.append(self.define(name, Value(parse_type(kind))))
                 continue
-            place = re.search(r"loc\((#loc\d*)\)\s*$", raw)
-            block.ops.append(self.op(line, self.places.get(place[1], "?") if place else "?"))
+            block.ops.append(self.op(line, self.place(raw)))
+
+    def place(self, line: str) -> str:
+        match = re.search(r"loc\((#loc\d*)\)\s*$", line)
+        return self.places.get(match[1], "?") if match else "?"
 
     def op(self, line: str, place: str) -> Op:
         match = re.match(r"(%[\w$.-]+)(?::(\d+))? = (.*)$", line)
@@ -203,7 +207,7 @@ class _Parser:
             raise Unsupported(f"the CPU engine does not cover {name} at {place}")
         else:
             op, types = self.plain(name, rest)
-        op.place = place
+        op.place = self.closing_place if op.regions else place
         for operand in op.operands:
             operand.users.append(op)
         if result and len(types) != count:
