@@ -108,6 +108,7 @@ def compile_ahead(
     Raises ValueError for a target, a type or a name that does not fit; errors of Triton's compiler pass through.
     """
     import triton
+    from triton import knobs
     from triton.compiler import ASTSource
 
     constants = {**constexprs, **config.blocks}
@@ -123,8 +124,8 @@ def compile_ahead(
     if config.num_ctas != 1:
         options["num_ctas"] = config.num_ctas
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it makes a cubin three to four times as large
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # it makes a cubin three to four times as large
         built = triton.compile(source, target=_gpu_target(target), options=options)
     binary = built.asm["cubin" if target.startswith("cuda:") else "hsaco"]
     registers, spill_bytes = _usage(target, binary, built.asm)
@@ -189,10 +190,10 @@ def _usage(target: str, binary: bytes, asm: Mapping[str, Any]) -> tuple[int | No
 
 def _run_nvidia_tool(name: str, options: list[str], cubin: bytes) -> str | None:
     """What a tool of Triton's NVIDIA back end prints about a cubin; None where it is not installed."""
-    import triton
+    from triton import knobs
 
     try:
-        path = getattr(triton.knobs.nvidia, name).path
+        path = getattr(knobs.nvidia, name).path
     except RuntimeError:  # "Cannot find ..."
         return None
     with tempfile.TemporaryDirectory() as folder:

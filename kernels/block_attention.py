@@ -81,7 +81,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # one program = one tile of BLOCK_M queries of one block; the tiles of a head are consecutive, so its keys stay cached
+    # one program = one tile of BLOCK_M queries of one block; tiles of a head are consecutive, so its keys stay cached
     m_tiles = tl.cdiv(c_q, BLOCK_M)
     pid = tl.program_id(0)
     row = (pid // (n_blocks * m_tiles)).to(tl.int64)  # batch * n_heads + head
@@ -288,13 +288,33 @@ def cost(
     raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
 
 
-def heuristic(kernel: str, device_type: str, c_q: int, c_k: int, head_dim: int) -> Config:
-    """The configuration where nothing was tuned: whole blocks as tiles up to what registers (or the cache) hold."""
-    most = 64 if device_type != "cpu" and (head_dim > 128 or kernel != "block_attention_forward") else 128
-    if device_type != "cpu" and head_dim > 64:
-        most = min(most, 64)
-    m, n = (min(most, max(16, triton.next_power_of_2(size))) for size in (c_q, c_k))
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n >= 128 * 128 else 4, num_stages=2)
+def heuristic(
+    kernel: str, device_type: str, c_q: int, c_k: int, head_dim: int, element_size: int = 4
+) -> Config:  # fmt: skip
+    """The configuration where nothing was tuned: whole blocks as tiles up to what registers (or the cache) hold.
+
+    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. On a GPU these are the largest tiles whose binaries spill nothing,
+    on sm_80, sm_90, sm_100 and gfx942; fp32 with head dims above 128 spills on NVIDIA whatever the tiles are.
+    """
+    backward = kernel != "block_attention_forward"
+    warps, stages = 4, 2
+    if device_type == "cpu":
+        most = (128, 128) if head_dim <= 64 else (64, 64)
+    elif device_type == "hip":
+        # its registers do not hold a second stage of tiles
+        most, stages = ((64, 64) if element_size * head_dim <= 256 else (32, 32) if head_dim <= 128 else (16, 16)), 1
+    elif element_size > 2:
+        # exact fp32 dots run on the plain ALUs, with their operands in registers
+        most = ((32, 16) if kernel.endswith("dkv") else (32, 32)) if head_dim <= 64 else (16, 16)
+    elif head_dim <= 64:
+        most = (64, 64) if backward else (128, 128)
+        warps = 4 if backward or min(c_q, c_k) <= 64 else 8
+    elif head_dim <= 128:
+        most, warps = (64, 64), 8
+    else:
+        most, warps, stages = (32, 32), 8 if kernel.endswith("dkv") else 4, 1
+    m, n = (min(limit, max(16, triton.next_power_of_2(size))) for limit, size in zip(most, (c_q, c_k), strict=True))
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
 
 
 @dataclass(frozen=True)
@@ -321,7 +341,9 @@ def launches_of(
     n_keys, value_dim = v.shape[2:]
     _, _, n_rounds, n_blocks, c_q = tensors["q_index"].shape
     c_k = tensors["k_index"].shape[-1]
-    chosen = config.get(kernel) or heuristic(kernel, q.device.type, c_q, c_k, head_dim)
+    chosen = config.get(kernel) or heuristic(
+        kernel, "hip" if torch.version.hip and q.is_cuda else q.device.type, c_q, c_k, head_dim, q.element_size()
+    )
     is_dkv = kernel == "block_attention_backward_dkv"
     args = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -395,7 +417,7 @@ def example_launch(
 ) -> Launch:  # fmt: skip
     """A launch of ``kernel`` on tensors without memory: what an ahead-of-time compiler needs to see."""
     value_dim = value_dim or head_dim
-    config = config or heuristic(kernel, device_type, c_q, c_k, head_dim)
+    config = config or heuristic(kernel, device_type, c_q, c_k, head_dim, dtype.itemsize)
     meta = {"device": "meta", "dtype": dtype}
     state = {"device": "meta", "dtype": torch.float32}
     x, y = torch.empty(1, 1, c_q, head_dim, **meta), torch.empty(1, 1, c_k, value_dim, **meta)

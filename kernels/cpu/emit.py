@@ -93,7 +93,8 @@ __attribute__((noinline)) void program(const int64_t* args, const int32_t* grid,
 }}
 }}  // namespace
 
-extern "C" __attribute__((visibility("default"))) void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t end) {{
+extern "C" __attribute__((visibility("default")))
+void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t end) {{
   for (int64_t p = begin; p < end; ++p)
     program(args, grid, (int32_t)(p % grid[0]), (int32_t)(p / grid[0] % grid[1]),
             (int32_t)(p / ((int64_t)grid[0] * grid[1])));

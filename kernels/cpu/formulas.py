@@ -65,7 +65,7 @@ def literal(number: bool | int | float, element: str) -> str:
     if element == "f32":
         number = float(number)
         if math.isnan(number):
-            return "__builtin_nanf(\"\")"
+            return '__builtin_nanf("")'
         if math.isinf(number):
             return f"({'-' if number < 0 else ''}__builtin_inff())"
         return f"({number!r}f)"

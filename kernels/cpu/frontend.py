@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
-from triton._C.libtriton import ir  # isort: skip
 
 from ..errors import Unsupported
 
@@ -22,7 +22,7 @@ def ttir(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
     """
     try:
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        backend = make_backend(_TARGET)
+        backend: Any = make_backend(_TARGET)
         # fma would be formed by the C++ compiler or not at all: keep the IR free of the target's choices
         options = backend.parse_options({"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False})
         context = ir.context()

@@ -182,14 +182,8 @@ def test_reductions_along_either_axis(shape, kind, dtype):
 @triton.jit
 def dot_kernel(a, b, c, y, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, T_A: tl.constexpr, T_B: tl.constexpr):
     i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    if T_A:
-        left = tl.trans(tl.load(a + k[:, None] * M + i[None, :]))
-    else:
-        left = tl.load(a + i[:, None] * K + k[None, :])
-    if T_B:
-        right = tl.trans(tl.load(b + j[:, None] * K + k[None, :]))
-    else:
-        right = tl.load(b + k[:, None] * N + j[None, :])
+    left = tl.trans(tl.load(a + k[:, None] * M + i[None, :])) if T_A else tl.load(a + i[:, None] * K + k[None, :])
+    right = tl.trans(tl.load(b + j[:, None] * K + k[None, :])) if T_B else tl.load(b + k[:, None] * N + j[None, :])
     acc = tl.load(c + i[:, None] * N + j[None, :])
     out = tl.dot(left, right, acc * 2.0, input_precision="ieee")
     tl.store(y + i[:, None] * N + j[None, :], tl.where(out > 0, out, out * 0.5) + 1.0)
