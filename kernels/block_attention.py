@@ -404,8 +404,10 @@ def backward(
     dk = k.new_zeros((batch, heads, n_keys, head_dim), dtype=torch.float32)
     dv = v.new_zeros((batch, heads, n_keys, value_dim), dtype=torch.float32)
     read = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse, "delta": delta}
-    run(launches_of("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config or {}))
-    run(launches_of("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config or {}))
+    config = config or {}
+    for_dq = launches_of("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config)
+    for_dkv = launches_of("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config)
+    run([*for_dq, *for_dkv])
     if kv_heads != heads:
         dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from .config import Config
+from .config import FP_FUSION, Config
 from .errors import Unsupported
 
 _TRITON_TYPES = {
@@ -65,27 +65,32 @@ def run(launches: Iterable[Launch]) -> None:
     """Runs launches in order on the device of their tensors.
 
     Raises:
-        Unsupported: this device can't run them; nothing of a launch that raises was run.
+        Unsupported: this device can't run one of them; nothing was run then.
     """
-    for launch in launches:
-        _run(launch)
-
-
-def _run(launch: Launch) -> None:
-    config = launch.config
-    if isinstance(launch.kernel, InterpretedFunction):
-        launch.kernel[launch.grid](**launch.args, **config.blocks)
+    launches = list(launches)
+    if not launches:
         return
-    device = next(value.device for value in launch.args.values() if isinstance(value, torch.Tensor))
+    if isinstance(launches[0].kernel, InterpretedFunction):
+        for launch in launches:
+            launch.kernel[launch.grid](**launch.args, **launch.config.blocks)
+        return
+    device = next(value.device for value in launches[0].args.values() if isinstance(value, torch.Tensor))
     if device.type == "cpu":
         from .cpu.engine import run as run_on_cpu  # no compiler is looked for before a kernel runs
 
-        run_on_cpu(launch)
-        return
-    if device.type not in ("cuda", "xpu"):
+        run_on_cpu(launches)
+    elif device.type in ("cuda", "xpu"):
+        with torch.get_device_module(device).device(device):
+            for launch in launches:
+                _run_on_gpu(launch)
+    else:
         raise Unsupported(f"no Triton back end for device type {device.type!r}: use cpu, cuda or xpu")
+
+
+def _run_on_gpu(launch: Launch) -> None:
+    config = launch.config
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options["enable_fp_fusion"] = FP_FUSION
     if config.num_ctas != 1:
         options["num_ctas"] = config.num_ctas
-    with torch.get_device_module(device).device(device):
-        launch.kernel[launch.grid](**launch.args, **config.blocks, **options)
+    launch.kernel[launch.grid](**launch.args, **config.blocks, **options)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,13 @@ class Built:
         level = machine.supported_levels()[0]
         given = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
         key = [kernel.cache_key, repr(sorted(types.items())), repr(sorted(constants.items())), *_versions(), level.name]
-        library = build.load(kernel.__name__, key, lambda: generate(ttir(kernel, types, constants), level.lanes), level)
+
+        def source() -> str:
+            with _frontend_lock:
+                text = ttir(kernel, types, constants)
+            return generate(text, level.lanes)
+
+        library = build.load(kernel.__name__, key, source, level)
         self.entry = ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p)
         self.names = [name for name, _ in given]
         self.pack = struct.Struct("<" + "".join("q" if kind[0] == "*" else _SLOTS[kind] for _, kind in given)).pack
@@ -47,28 +55,48 @@ class Built:
 
 
 _built: dict[Any, Built | Unsupported] = {}
+_building: dict[Any, threading.Lock] = {}
 _lock = threading.Lock()
+_frontend_lock = threading.Lock()  # Triton's front end is not made for several threads
 
 
-def run(launch: Launch) -> None:
-    """Runs all programs of ``launch`` and returns when they are done.
+def run(launches: Sequence[Launch]) -> None:
+    """Runs all programs of each launch, one launch after the other, and returns when they are done.
+
+    What is missing is built first, several kernels at a time.
 
     Raises:
-        Unsupported: the kernel uses what the engine doesn't cover, or it can't be built here.
+        Unsupported: a kernel uses what the engine doesn't cover, or it can't be built here; nothing was run then.
     """
-    if math.prod(launch.grid) == 0:
-        return
+    keys = [_key(launch) for launch in launches]
+    missing = {key: launch for key, launch in zip(keys, launches, strict=True) if key not in _built}
+    if len(missing) > 1:
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            list(pool.map(_ensure, missing, missing.values()))
+    ready = [_ensure(key, launch) for key, launch in zip(keys, launches, strict=True)]
+    for built in ready:
+        if isinstance(built, Unsupported):
+            raise built
+    for built, launch in zip(ready, launches, strict=True):
+        if math.prod(launch.grid) > 0:
+            built(launch)
+
+
+def _key(launch: Launch) -> tuple[Any, ...]:
     types, constants = signature(launch)
-    key = (launch.kernel, *types.values(), *constants.values())
+    return (launch.kernel, *types.values(), *constants.values())
+
+
+def _ensure(key: tuple[Any, ...], launch: Launch) -> Any:
     built = _built.get(key)
     if built is None:
         with _lock:
+            mine = _building.setdefault(key, threading.Lock())
+        with mine:
             built = _built.get(key)
             if built is None:
-                built = _built[key] = _build(launch.kernel, types, constants)
-    if isinstance(built, Unsupported):
-        raise built
-    built(launch)
+                built = _built[key] = _build(launch.kernel, *signature(launch))
+    return built
 
 
 def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Built | Unsupported:
@@ -81,6 +109,7 @@ def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Bui
 def forget() -> None:
     """Drops what this process has loaded or found impossible; the cache on disk stays."""
     _built.clear()
+    _building.clear()
     _threads.cache_clear()
 
 

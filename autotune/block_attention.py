@@ -1,0 +1,168 @@
+"""How block attention is tuned: the input that it is run on, and its candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.autotune.tune import Problem, Tensors
+from fastattn.kernels import block_attention as kernels
+from fastattn.kernels.config import Config, TuningSpace
+from fastattn.kernels.launch import run
+
+PATTERN = kernels.Pattern()  # SMYRF's: each block meets its own block of keys
+# (q, k, v, q_index, k_index, *, scale) -> (out, lse), differentiable, in the inputs' dtype
+Reference = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The input that kernels are measured on: ``rounds`` random partitions into blocks of ``cluster_size``."""
+
+    length: int = 4096
+    cluster_size: int = 64
+    head_dim: int = 64
+    value_dim: int = 64
+    heads: int = 8
+    rounds: int = 2
+    batch: int = 1
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.length // self.cluster_size)
+
+    def shape(self) -> dict[str, int]:
+        """As the op names the sizes of a call when it looks a configuration up."""
+        return {
+            "batch": self.batch, "heads": self.heads, "rounds": self.rounds, "n_blocks": self.n_blocks,
+            "c_q": self.cluster_size, "c_k": self.cluster_size,
+            "head_dim": self.head_dim, "value_dim": self.value_dim,
+        }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.cluster_size > self.length:
+            raise ValueError(f"cluster_size must not be above length {self.length}, got {self.cluster_size}")
+
+
+def kernel_names(start: str = "") -> list[str]:
+    """The kernels of block attention whose names start so. Raises ValueError where there is none."""
+    names = [name for name in kernels.TUNING if name.startswith(start)]
+    if not names:
+        raise ValueError(f"kernel must be one of {', '.join(kernels.TUNING)}, or how some of them begin, got {start!r}")
+    return names
+
+
+def problems(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, reference: Reference, names: Sequence[str]
+) -> Iterator[Problem]:
+    """One problem for each of the kernels ``names``.
+
+    reference: the definition that candidates are held against. It is an argument since the tuner stands below it.
+    """
+    q, k, v, dout, q_index, k_index = _inputs(sizes, dtype, device)
+    scale = 1 / math.sqrt(sizes.head_dim)
+    inputs = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index}
+    backward = any("backward" in name for name in names)
+    exact = _solve(reference, [x.double() for x in (q, k, v, dout)], q_index, k_index, scale, backward=backward)
+    plain = _solve(reference, [q, k, v, dout], q_index, k_index, scale, backward=backward)
+    out, lse = exact["out"], exact["lse"]
+    delta = (dout.double() * out).sum(-1).float()
+    for name in names:
+        fp32 = {"dtype": torch.float32, "device": device}
+        if name == "block_attention_forward":
+            state_dtype = torch.float32 if sizes.rounds > 1 else dtype
+            tensors = inputs | {"out": torch.zeros(out.shape, dtype=state_dtype, device=device)}
+            tensors |= {"lse": torch.full(lse.shape, float("-inf"), **fp32)}
+            written = ("out", "lse")
+        else:
+            written = ("dq",) if name == "block_attention_backward_dq" else ("dk", "dv")
+            tensors = {"dout": dout} | inputs | {"lse": lse.float(), "delta": delta}
+            tensors |= {x: torch.zeros(exact[x].shape, **fp32) for x in written}
+        launch = _launcher(name, tensors, scale, device)
+        yield Problem(
+            kernel=name,
+            device=device,
+            dtype=dtype,
+            shape=sizes.shape(),
+            flags=vars(PATTERN),
+            sizes=dict(vars(sizes)),
+            candidates=candidates(name, _kind(device), sizes, dtype.itemsize),
+            run=launch,
+            outputs=tuple(tensors[x] for x in written),
+            expected=tuple(exact[x] for x in written),
+            plain=tuple(plain[x] for x in written),
+        )
+
+
+def candidates(kernel: str, device_type: str, sizes: Sizes, element_size: int = 4) -> list[Config]:
+    """The heuristic's choice, then the rest of the space by how many doublings it is away from that.
+
+    Tiles that are larger than a block rounded up to a power of two do nothing but masked work, and are left out.
+    """
+    size = sizes.cluster_size
+    first = kernels.heuristic(kernel, device_type, size, size, sizes.head_dim, element_size)
+    if device_type == "cpu":
+        first = Config(first.blocks)  # it has no warps and stages
+    largest = max(16, 1 << (size - 1).bit_length())
+    space: TuningSpace = kernels.TUNING[kernel]
+    fitting = [c for c in space.configs(device_type) if max(c.blocks.values()) <= largest and c != first]
+    return [first, *sorted(fitting, key=lambda config: (_doublings(first, config), sorted(config.blocks.items())))]
+
+
+def _kind(device: torch.device) -> str:
+    return "hip" if torch.version.hip and device.type == "cuda" else device.type
+
+
+def _doublings(a: Config, b: Config) -> float:
+    pairs = [(a.blocks[name], b.blocks[name]) for name in a.blocks]
+    pairs += [(a.num_warps, b.num_warps), (a.num_stages, b.num_stages), (a.num_ctas, b.num_ctas)]
+    return sum(abs(math.log2(x / y)) for x, y in pairs)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(dim: int) -> Tensor:
+        x = torch.randn(sizes.batch, sizes.heads, sizes.length, dim, generator=generator)
+        return x.to(device, dtype)
+
+    def partition() -> Tensor:
+        lead = (sizes.batch, sizes.heads, sizes.rounds)
+        rows = torch.rand(*lead, sizes.length, generator=generator).argsort(-1).int()
+        padded = torch.full((*lead, sizes.n_blocks * sizes.cluster_size), -1, dtype=torch.int32)
+        padded[..., : sizes.length] = rows
+        return padded.unflatten(-1, (sizes.n_blocks, sizes.cluster_size)).to(device)
+
+    q, k = draw(sizes.head_dim), draw(sizes.head_dim)
+    return q, k, draw(sizes.value_dim), draw(sizes.value_dim), partition(), partition()
+
+
+def _solve(
+    reference: Reference, tensors: list[Tensor], q_index: Tensor, k_index: Tensor, scale: float, *, backward: bool
+) -> dict[str, Tensor]:
+    q, k, v, dout = tensors
+    if not backward:
+        out, lse = reference(q, k, v, q_index, k_index, scale=scale)
+        return {"out": out, "lse": lse}
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = reference(*leaves, q_index, k_index, scale=scale)
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def _launcher(kernel: str, tensors: dict[str, Tensor], scale: float, device: torch.device) -> Callable[[Config], Any]:
+    def launch(config: Config) -> None:
+        run(kernels.launches_of(kernel, tensors, PATTERN, scale, {kernel: config}))
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+    return launch
