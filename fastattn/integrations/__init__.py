@@ -1,0 +1,1 @@
+"""Other people's models and the methods of this package."""

@@ -1,0 +1,92 @@
+"""ONNX Runtime sessions of single nodes, and a small patched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+import fastattn
+from fastattn.export.ops.smyrf_attention import FUNCTIONS
+
+TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bool: TensorProto.BOOL,
+    torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
+}
+
+
+@pytest.fixture(scope="session")
+def run_node() -> Callable[..., list[Tensor]]:
+    """run_node("BlockAttention", inputs, {output: (dtype, rank)}, **attributes) -> outputs of one node, by its body."""
+
+    def run(
+        name: str, inputs: dict[str, Tensor], outputs: dict[str, tuple[torch.dtype, int]], **attributes: Any
+    ) -> Any:
+        graph = helper.make_graph(
+            [helper.make_node(name, list(inputs), list(outputs), domain="fastattn", **attributes)],
+            name,
+            [helper.make_tensor_value_info(n, TYPES[x.dtype], [None] * x.ndim) for n, x in inputs.items()],
+            [helper.make_tensor_value_info(n, TYPES[dtype], [None] * rank) for n, (dtype, rank) in outputs.items()],
+        )
+        model = helper.make_model(
+            graph,
+            functions=[function.to_function_proto() for function in FUNCTIONS],
+            opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("fastattn", 1)],
+            ir_version=10,
+        )
+        onnx.checker.check_model(model, full_check=True)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        results = session.run(None, {n: x.contiguous().numpy() for n, x in inputs.items()})
+        return [torch.from_numpy(np.asarray(result)) for result in results]
+
+    return run
+
+
+def tokens(batch: int, length: int, lengths: list[int] | None = None) -> dict[str, Tensor]:
+    ids = torch.randint(5, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    for row, real in enumerate(lengths or []):
+        mask[row, real:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., dict[str, Tensor]]:
+    """make_tokens(batch, length, lengths) -> input_ids and attention_mask, row i real up to lengths[i]."""
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def bert() -> Any:
+    """A tiny random BERT, patched: 2 rounds, clusters of 16."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=99,
+        max_position_embeddings=400,
+        initializer_range=0.3,  # so large that attention matters
+    )
+    model = BertModel(config).eval()
+    return fastattn.patch(model, "smyrf", n_hashes=2, q_cluster_size=16, min_length=0, impl="reference")
+
+
+@pytest.fixture(scope="session")
+def bert_file(bert, tmp_path_factory):
+    """That model as a file."""
+    from fastattn.export import to_onnx
+
+    return to_onnx(bert, tokens(2, 40, [40, 25]), tmp_path_factory.mktemp("onnx") / "bert.onnx")
