@@ -127,7 +127,9 @@ def _build(compiler: Compiler, source: str, path: Path, level: machine.Level) ->
         except OSError as error:
             raise Unsupported(f"{compiler.path} can't be run: {error}") from error
         if said.returncode != 0:
-            raise Unsupported(f"{compiler.path} failed:\n{said.stderr[:2000]}")
+            lines = said.stderr.strip().splitlines() or ["it said nothing"]
+            telling = next((line for line in lines if "error" in line), lines[0])
+            raise Unsupported(f"{compiler.path} failed: {telling[:300]}")
         digest = Path(folder) / "sha256"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         os.replace(inner, text)

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastattn.autotune import choice, lookup
+from fastattn.autotune import choice
 from fastattn.autotune.block_attention import PATTERN, Sizes, candidates, kernel_names, problems
+from fastattn.autotune.choice import lookup
 from fastattn.autotune.schema import ConfigFields, Row
 from fastattn.autotune.tune import Problem, tune
 from fastattn.kernels import block_attention as kernels

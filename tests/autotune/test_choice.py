@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.autotune import lookup
-from fastattn.autotune.choice import choose, explain, forget
+from fastattn.autotune.choice import choose, explain, forget, lookup
 from fastattn.autotune.schema import ConfigFields, Entry, Row
 from fastattn.kernels.config import Config
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.autotune import lookup
+from fastattn.autotune.choice import lookup
 from fastattn.autotune.store import Store, default_store
 from fastattn.autotune.tune import Problem, deviation, tune
 from fastattn.kernels.config import Config

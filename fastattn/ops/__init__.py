@@ -1,0 +1,1 @@
+"""torch.library ops, one file each: validation, fake kernels, autograd, and the choice between kernel and reference."""

@@ -1,0 +1,89 @@
+"""Each wrong argument of smyrf_attention raises an error that names it, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn import smyrf_attention
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def good() -> dict[str, Any]:
+    args: dict[str, Any] = {name: torch.randn(2, heads, 12, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    masks = {name: torch.ones(2, 12, dtype=torch.bool) for name in ("key_mask", "query_mask")}
+    return args | masks | {"q_cluster_size": 4, "projections": torch.randn(10, 4)}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return good() | changes
+
+
+MASKS = ("key_mask", "query_mask")
+BAD: list[tuple[str, type[Exception], str, Change]] = [
+    *((name, TypeError, "not a tensor", lambda a, n=name: a[n].tolist()) for name in (*"qkv", *MASKS, "projections")),
+    *((name, ValueError, "device", lambda a, n=name: a[n].to("meta")) for name in (*"kv", *MASKS, "projections")),
+    *((name, ValueError, "rank", lambda a, n=name: a[n][0]) for name in (*"qkv", *MASKS, "projections")),
+    *((name, ValueError, "no length", lambda a, n=name: a[n][:, :, :0]) for name in "qkv"),
+    *((name, ValueError, "no batch", lambda a, n=name: a[n][:0]) for name in "qkv"),
+    *((name, ValueError, "no width", lambda a, n=name: a[n][..., :0]) for name in "qkv"),
+    *((name, TypeError, "integers", lambda a, n=name: a[n].int()) for name in "qkv"),
+    *((name, TypeError, "another dtype", lambda a, n=name: a[n].half()) for name in "kv"),
+    *((name, TypeError, "float64", lambda a, n=name: a[n].double()) for name in "qkv"),
+    *((name, ValueError, "batch", lambda a, n=name: a[n][:1]) for name in (*"kv", *MASKS)),
+    *((name, ValueError, "length", lambda a, n=name: a[n][:, :5]) for name in MASKS),
+    *((name, TypeError, "additive", lambda a, n=name: a[n].float()) for name in MASKS),
+    *((name, TypeError, "0 and 1", lambda a, n=name: a[n].int()) for name in MASKS),
+    ("k", ValueError, "head_dim", lambda a: a["k"][..., :4]),
+    ("k", ValueError, "heads that do not divide", lambda a: torch.randn(2, 3, 12, 8)),
+    ("k", ValueError, "more heads than q", lambda a: torch.randn(2, 8, 12, 8)),
+    ("v", ValueError, "other heads than k", lambda a: a["v"][:, :1]),
+    ("v", ValueError, "length", lambda a: a["v"][:, :, :5]),
+    ("n_hashes", ValueError, "zero", lambda a: 0),
+    ("n_hashes", TypeError, "float", lambda a: 4.0),
+    ("n_hashes", TypeError, "bool", lambda a: True),
+    ("q_cluster_size", ValueError, "zero", lambda a: 0),
+    ("q_cluster_size", TypeError, "None", lambda a: None),
+    ("k_cluster_size", ValueError, "negative", lambda a: -4),
+    ("k_cluster_size", TypeError, "string", lambda a: "4"),
+    ("k_cluster_size", ValueError, "other number of clusters", lambda a: 3),
+    ("scale", TypeError, "tensor", lambda a: torch.tensor(1.0)),
+    ("scale", ValueError, "infinite", lambda a: float("inf")),
+    ("projections", ValueError, "other number of rounds", lambda a: torch.randn(10, 3)),
+    ("projections", ValueError, "other head_dim", lambda a: torch.randn(8, 4)),
+    ("projections", TypeError, "integers", lambda a: torch.ones(10, 4, dtype=torch.int32)),
+    ("return_lse", TypeError, "not a bool", lambda a: 1),
+    ("impl", ValueError, "unknown", lambda a: "cuda"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "change"), [(n, e, c) for n, e, _, c in BAD], ids=[f"{n}: {why}" for n, _, why, _ in BAD]
+)
+def test_is_named(name: str, error: type[Exception], change: Change) -> None:
+    args = good()
+    with pytest.raises(error, match=rf"^{name}\b"):
+        smyrf_attention(**args | {name: change(args)})
+
+
+def test_both_cluster_sizes_are_named_when_they_disagree() -> None:
+    with pytest.raises(ValueError, match=r"12 queries .* q_cluster_size=4 are 3, 12 keys .* k_cluster_size=3 are 4"):
+        smyrf_attention(**changed(k_cluster_size=3))
+
+
+def test_a_generator_that_is_none_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^generator\b"):
+        smyrf_attention(**changed(projections=None, generator=42))
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="heads"):
+        smyrf_attention(**changed(heads=4))
+
+
+def test_good_input_is_accepted() -> None:
+    assert smyrf_attention(**good(), return_lse=False).shape == (2, 4, 12, 8)
