@@ -31,8 +31,8 @@ class Problem:
     candidates: what may be tried, the likeliest first; the first is what runs when nothing is tuned.
     run: the kernel's launches, done when it returns. outputs: what they write, every element of it.
     expected: what they should be, in float64. plain: the same in ``dtype`` by plain torch operations, whose error says
-    how exact the dtype lets anyone be. sizes: for the record. shape, flags: as :func:`fastattn.autotune.choice.lookup` gets
-    them.
+    how exact the dtype lets anyone be. sizes: for the record. shape, flags: as
+    :func:`fastattn.autotune.choice.lookup` gets them.
     """
 
     kernel: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +70,7 @@ def to_onnx(
     functions.check_opset(opset)
     shapes = dict(dynamic_shapes) if dynamic_shapes is not None else _free_batch_and_length(sample)
     path = Path(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's and onnxscript's own making
+    with _quiet():
         program = _traced(model, sample, shapes)
         onnx_program = _translated(program, opset, outputs.names(model, sample))
     graph = onnx_program.model
@@ -91,6 +92,20 @@ def to_onnx(
         if not report.ok:
             raise RuntimeError(f"{path} does not compute what the model does: {report}")
     return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and log lines of torch's and onnxscript's own making, such as that torchvision is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_arguments(model: Any, sample: Any) -> None:

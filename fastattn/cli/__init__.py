@@ -1,0 +1,1 @@
+"""The ``fastattn`` command, one file a subcommand."""

@@ -1,0 +1,1 @@
+"""Benchmarks: every speed is a ratio of medians from one interleaved run."""

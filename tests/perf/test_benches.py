@@ -1,0 +1,25 @@
+"""The benchmarks run, on sizes that take no time, and report the rows that the goals are for."""
+
+from __future__ import annotations
+
+from perf import bench_block_attention, bench_smyrf
+
+
+def test_smyrf_is_measured_forward_and_backward_and_by_memory():
+    rows = list(bench_smyrf.rows((256,), {256: 0.2}))
+    assert [row.unit for row in rows] in (["x", "x", "MB", "MB"], ["x", "x"])  # no memory where it can't be read
+    assert all(row.value > 0 and row.low <= row.value <= row.high for row in rows)
+    assert all(row.goal is None for row in rows)
+
+
+def test_every_length_of_the_goals_has_its_goal():
+    assert set(bench_smyrf.FORWARD_GOALS) == set(bench_smyrf.BOTH_GOALS) == set(bench_smyrf.SECONDS)
+    assert set(bench_block_attention.BLOCK_LENGTHS) <= set(bench_block_attention.SECONDS)
+
+
+def test_the_engine_is_measured_dense_and_by_blocks(monkeypatch):
+    monkeypatch.setattr(bench_block_attention, "BLOCK_LENGTHS", (512,))
+    monkeypatch.setattr(bench_block_attention, "MM_SIZE", 128)
+    rows = list(bench_block_attention.rows((512,), {512: 0.2}))
+    assert [row.goal for row in rows] == [80.0, 45.0, 55.0, 62.0]
+    assert all(row.value > 0 and row.unit == "%" for row in rows)
