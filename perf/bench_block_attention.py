@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastattn.autotune.measure import take_turns
 from fastattn.kernels.block_attention import cost
 from fastattn.ops.block_attention import attend_blocks
-from perf.report import Row, rate_row, refuse_if_off
+from perf.report import Row, rate_row, ratio_row, refuse_if_off
 
 HEADS, HEAD_DIM = 8, 64
 MM_SIZE = 2048
@@ -30,6 +30,7 @@ def rows(lengths: tuple[int, ...] = (1024, 4096, 16384), seconds: dict[int, floa
     _check()
     a, b = (torch.randn(MM_SIZE, MM_SIZE) for _ in range(2))
     mm_flops = 2 * MM_SIZE**3
+    yield _yardstick(a, b, seconds[lengths[0]] / 3)
     for length in lengths:
         sizes = {"dense": length}
         if length in BLOCK_LENGTHS:
@@ -47,6 +48,27 @@ def rows(lengths: tuple[int, ...] = (1024, 4096, 16384), seconds: dict[int, floa
             yield rate_row(
                 f"engine: {what}, of torch.mm's rate", length, work, times[name], mm_flops, times["mm"], goal
             )
+
+
+def _yardstick(a: Tensor, b: Tensor, seconds: float) -> Row:
+    """How well ``torch.mm`` itself uses the threads: where it gains little from them, percentages of it flatter us."""
+    threads = torch.get_num_threads()
+
+    def mm_with(count: int) -> Callable[[], object]:
+        def call() -> Tensor:
+            torch.set_num_threads(count)
+            return torch.mm(a, b)
+
+        return call
+
+    calls = {count: mm_with(count) for count in (1, threads)}
+    try:
+        for call in calls.values():
+            call()
+        times = take_turns(calls, time.monotonic() + seconds, give_up=math.inf)
+    finally:
+        torch.set_num_threads(threads)
+    return ratio_row(f"the yardstick: torch.mm, {threads} threads against 1", MM_SIZE, times[1], times[threads], None)
 
 
 def _check() -> None:

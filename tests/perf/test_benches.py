@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from perf import bench_block_attention, bench_smyrf
 
 
@@ -21,5 +23,13 @@ def test_the_engine_is_measured_dense_and_by_blocks(monkeypatch):
     monkeypatch.setattr(bench_block_attention, "BLOCK_LENGTHS", (512,))
     monkeypatch.setattr(bench_block_attention, "MM_SIZE", 128)
     rows = list(bench_block_attention.rows((512,), {512: 0.2}))
-    assert [row.goal for row in rows] == [80.0, 45.0, 55.0, 62.0]
-    assert all(row.value > 0 and row.unit == "%" for row in rows)
+    assert [row.goal for row in rows] == [None, 80.0, 45.0, 55.0, 62.0]
+    assert [row.unit for row in rows] == ["x", "%", "%", "%", "%"]  # first the yardstick itself
+    assert all(row.value > 0 for row in rows)
+
+
+def test_measuring_the_yardstick_leaves_the_threads_as_they_were(monkeypatch):
+    monkeypatch.setattr(bench_block_attention, "MM_SIZE", 64)
+    before = torch.get_num_threads()
+    next(bench_block_attention.rows((256,), {256: 0.1}))
+    assert torch.get_num_threads() == before
