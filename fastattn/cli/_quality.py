@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from fastattn.cli._minilm import Halves
 
 BATCH = 4  # texts at once; more is no faster on a CPU
+COSINE_TEXTS = 12  # first halves that the cosine is averaged over; a few seeds tell more than a few texts
 
 
 @dataclass
 class Score:
     """One way of attending.
 
-    cosine: mean cosine of the first halves' embeddings to the dense ones, one figure a seed. recall: share of first
-    halves whose nearest second half is their own, for the first seed. seconds: of the whole model, for one text.
+    cosine: mean cosine of the embeddings of ``COSINE_TEXTS`` first halves to the dense ones, one figure a seed. recall:
+    share of all first halves whose nearest second half is their own, for the first seed. seconds: of the whole model, for one text.
     """
 
     cosine: list[float] = field(default_factory=list)
@@ -39,12 +40,14 @@ def judge(
 ) -> Tensor:
     """Run ``model`` as it attends now on ``texts`` and add to ``score``; returns the first halves' embeddings.
 
-    dense: what they are with dense attention, None if that is what ``model`` has. Second halves are embedded when
-    ``score`` is new: a recall of a few texts gains less from more seeds than it costs.
+    dense: what they are with dense attention, None if that is what ``model`` has. All texts and their second halves are
+    embedded when ``score`` is new: a recall of a few texts gains less from more seeds than it costs.
     """
-    first = _embed(model, texts.first, score, on_batch)
-    score.cosine.append(mean_cosine(first, first if dense is None else dense))
-    if len(score.cosine) == 1:
+    is_new = not score.cosine
+    first = _embed(model, texts.first if is_new else texts.first[:COSINE_TEXTS], score, on_batch)
+    target = first if dense is None else dense
+    score.cosine.append(mean_cosine(first[:COSINE_TEXTS], target[:COSINE_TEXTS]))
+    if is_new:
         score.recall = recall_at_1(first, _embed(model, texts.second, score, on_batch))
     return first
 
@@ -69,7 +72,8 @@ def embed_batch(model: nn.Module, ids: Tensor) -> Tensor:
 
 def steps(texts: Halves, seeds: int) -> int:
     """How often ``on_batch`` is called while one way of attending is judged with ``seeds`` seeds."""
-    return (seeds + 1) * -(-len(texts.names) // BATCH)
+    count = len(texts.names)
+    return 2 * -(-count // BATCH) + (seeds - 1) * -(-min(count, COSINE_TEXTS) // BATCH)
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:
