@@ -23,7 +23,8 @@ class Score:
     """One way of attending.
 
     cosine: mean cosine of the embeddings of ``COSINE_TEXTS`` first halves to the dense ones, one figure a seed. recall:
-    share of all first halves whose nearest second half is their own, for the first seed. seconds: of the whole model, for one text.
+    share of all first halves whose nearest second half is their own, for the first seed. batch_seconds: of the whole
+    model, a figure for each full batch.
     """
 
     cosine: list[float] = field(default_factory=list)
