@@ -33,7 +33,7 @@ test: lint  ## lint, then every test
 lint: $(STAMP)  ## ruff, pyright, and the floors by import-linter
 	@echo "ruff ..." && $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@echo "pyright ..." && $(VENV)/bin/pyright --pythonpath $(PY)
-	@echo "import-linter ..." && $(VENV)/bin/lint-imports
+	@echo "import-linter ..." && $(VENV)/bin/lint-imports --no-cache
 
 bench: $(STAMP)  ## speed and memory against torch, as a table in perf/results/
 	@$(PY) -m perf
