@@ -127,8 +127,9 @@ def forward_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
 
-    met = total > 0.0
-    out = acc * (1.0 / tl.where(met, total, 1.0))[:, None]
+    met = total != 0.0  # also where it is NaN
+    total = tl.where(met, total, 1.0)
+    out = acc * (1.0 / total)[:, None]
     lse = tl.where(met, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     store_rows(out_ptr, q_rows, VALUE_DIM, out, VALUE_DIM, BLOCK_DV)
     tl.store(lse_ptr + q_rows, lse, mask=q_rows >= 0)

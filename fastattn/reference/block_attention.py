@@ -59,7 +59,7 @@ def block_attention(
         total = total * keep_old + _sum_rows(weighted, q_rows, len(x)) * keep_new
         maximum = new_maximum
     total, maximum = total[:-1].view(batch, heads, n_queries, -1), maximum[:-1].view(batch, heads, n_queries)
-    met = total[..., -1] > 0
+    met = total[..., -1] != 0  # also where it is NaN
     denominator = total[..., -1].masked_fill(~met, 1.0)
     out = total[..., :-1] / denominator.unsqueeze(-1)
     lse = (_finite(maximum) + torch.log(denominator)).masked_fill(~met, -math.inf)

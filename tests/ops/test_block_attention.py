@@ -181,6 +181,23 @@ def test_indices_need_not_be_contiguous(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_nan_and_infinity_reach_the_rows_that_meet_them_and_no_others(place: str, value: float, impl: str) -> None:
+    case = Case()
+    inputs = dict(zip("qkv", case.inputs(), strict=True))
+    inputs[place][0, 1, 7, 3] = value
+    out, lse = block_attention(**inputs, q_index=case.indices()[0], k_index=case.indices()[1], impl=impl)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected, expected_lse = block_attention(
+        **exact, q_index=case.indices()[0], k_index=case.indices()[1], impl="reference"
+    )
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    if not math.isinf(value):
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_same_input_gives_same_bits(impl: str) -> None:
     case = CASES["B2-H4-Hkv2-N67-S53 look back, with padding"]
 
