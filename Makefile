@@ -37,6 +37,7 @@ lint: $(STAMP)  ## ruff, pyright, and the floors by import-linter
 
 bench: $(STAMP)  ## speed and memory against torch, as a table in perf/results/
 	@$(PY) -m perf
+	@$(PY) -m pytest perf -q --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 
 clean:  ## take away .venv and every cache in this folder
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Config, Cost, TuningSpace
+from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
 from .launch import Launch, dot_precision, run
 
 LOG2_E = math.log2(math.e)
@@ -314,7 +314,7 @@ def heuristic(
         most, warps = (64, 64), 8
     else:
         most, warps, stages = (32, 32), 8 if kernel.endswith("dkv") else 4, 1
-    m, n = (min(limit, max(16, triton.next_power_of_2(size))) for limit, size in zip(most, (c_q, c_k), strict=True))
+    m, n = (min(limit, max(16, next_power_of_2(size))) for limit, size in zip(most, (c_q, c_k), strict=True))
     return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
 
 
@@ -355,12 +355,12 @@ def launches_of(
     args |= {"look_back": pattern.look_back, "look_ahead": pattern.look_ahead}
     args |= {"scale_log2": scale * LOG2_E} if kernel == "block_attention_forward" else {"scale": scale}
     args |= {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
-    args |= {"BLOCK_D": max(16, triton.next_power_of_2(head_dim))}  # 16: the least that tl.dot takes
-    args |= {"BLOCK_DV": max(16, triton.next_power_of_2(value_dim))}
+    args |= {"BLOCK_D": max(16, next_power_of_2(head_dim))}  # 16: the least that tl.dot takes
+    args |= {"BLOCK_DV": max(16, next_power_of_2(value_dim))}
     args |= {"IS_CAUSAL": pattern.is_causal, "EXCLUDE_SELF": pattern.exclude_self, "WRAP": pattern.wrap}
     args |= {"IS_FIRST": True, "PRECISION": dot_precision(q.dtype)}
     size, tile = (c_k, chosen.blocks["BLOCK_N"]) if is_dkv else (c_q, chosen.blocks["BLOCK_M"])
-    grid = (batch * heads * n_blocks * triton.cdiv(size, tile),)
+    grid = (batch * heads * n_blocks * cdiv(size, tile),)
     for round_id in range(n_rounds):
         yield Launch(KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen)
 

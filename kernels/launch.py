@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ _TRITON_TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+_POINTER_TYPES = {dtype: "*" + name for dtype, name in _TRITON_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def argument_type(value: Any) -> str:
     """Triton's name for the type of a run-time argument, as in a signature."""
+    if type(value) is int:  # most arguments are: isinstance of a tensor costs ten times as much
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, torch.Tensor):
-        return "*" + _TRITON_TYPES[value.dtype]
+        return _POINTER_TYPES[value.dtype]
     if isinstance(value, bool):
         return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
     raise TypeError(f"a kernel's argument must be a tensor, int, float or bool, got {type(value).__name__}")
@@ -53,12 +55,18 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any]]:
     """(types, constants) of a launch by argument name, in the kernel's order; ``constexpr`` stands among the types."""
     values = launch.args | launch.config.blocks
     types, constants = {}, {}
-    for parameter in launch.kernel.params:
-        value = values[parameter.name]
-        if parameter.is_constexpr:
-            constants[parameter.name] = value
-        types[parameter.name] = "constexpr" if parameter.is_constexpr else argument_type(value)
+    for name, is_constant in _parameters(launch.kernel):
+        if is_constant:
+            types[name], constants[name] = "constexpr", values[name]
+        else:
+            types[name] = argument_type(values[name])
     return types, constants
+
+
+@lru_cache
+def _parameters(kernel: Any) -> tuple[tuple[str, bool], ...]:
+    """(name, whether it is a ``constexpr``) of each argument; Triton works this out anew at each question."""
+    return tuple((parameter.name, parameter.is_constexpr) for parameter in kernel.params)
 
 
 def run(launches: Iterable[Launch]) -> None:

@@ -42,13 +42,12 @@ class Built:
 
         library = build.load(kernel.__name__, key, source, level)
         self.entry = ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p)
-        self.names = [name for name, _ in given]
+        self.given = [(name, kind[0] == "*") for name, kind in given]  # name, and whether it is a tensor
         self.pack = struct.Struct("<" + "".join("q" if kind[0] == "*" else _SLOTS[kind] for _, kind in given)).pack
 
     def __call__(self, launch: Launch) -> None:
         args = launch.args
-        values = (args[name] for name in self.names)
-        slots = self.pack(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values))
+        slots = self.pack(*(args[name].data_ptr() if is_tensor else args[name] for name, is_tensor in self.given))
         grid = (ctypes.c_int32 * 3)(*launch.grid, *(1,) * (3 - len(launch.grid)))
         drive, parallel = _threads()
         drive(self.entry, slots, grid, torch.get_num_threads(), parallel)
