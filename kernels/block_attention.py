@@ -50,6 +50,22 @@ def load_index(base, block, size, start, is_block, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def place(n_blocks, n_tiles):
+    """(row, block, tile): which of the B * H heads, which of its blocks and which tile of that this program has.
+
+    The programs of a head are consecutive, so that its rows stay cached."""
+    pid = tl.program_id(0)
+    row = (pid // (n_blocks * n_tiles)).to(tl.int64)
+    return row, pid % (n_blocks * n_tiles) // n_tiles, pid % n_tiles
+
+
+@triton.jit
+def head_of(base, row, n_heads, group_size, stride_b, stride_h):
+    """Where a head begins, in a tensor that has one for ``group_size`` query heads."""
+    return base + row // n_heads * stride_b + row % n_heads // group_size * stride_h
+
+
+@triton.jit
 def neighbour(block, distance, round_id, n_rounds, n_blocks, WRAP: tl.constexpr):
     """Block number over all rounds of the block that stands ``distance`` after ``block`` in a round, and if it is."""
     first = round_id * n_blocks
@@ -81,24 +97,17 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # one program = one tile of BLOCK_M queries of one block; tiles of a head are consecutive, so its keys stay cached
-    m_tiles = tl.cdiv(c_q, BLOCK_M)
-    pid = tl.program_id(0)
-    row = (pid // (n_blocks * m_tiles)).to(tl.int64)  # batch * n_heads + head
-    tile = pid % (n_blocks * m_tiles)
-    block = tile // m_tiles
-    batch = row // n_heads
-    head = row % n_heads
-    kv_head = head // group_size
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    # one program = one tile of BLOCK_M queries of one block
+    row, block, m_tile = place(n_blocks, tl.cdiv(c_q, BLOCK_M))
+    q_ptr = head_of(q_ptr, row, n_heads, 1, q_stride_b, q_stride_h)
+    k_ptr = head_of(k_ptr, row, n_heads, group_size, k_stride_b, k_stride_h)
+    v_ptr = head_of(v_ptr, row, n_heads, group_size, v_stride_b, v_stride_h)
     out_ptr += row * n_queries * VALUE_DIM
     lse_ptr += row * n_queries
     q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
     k_index_ptr += row * n_rounds * n_blocks * c_k
 
-    q_rows = load_index(q_index_ptr, block, c_q, (tile % m_tiles) * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
+    q_rows = load_index(q_index_ptr, block, c_q, m_tile * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
     q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if IS_FIRST:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -144,17 +153,11 @@ def backward_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m_tiles = tl.cdiv(c_q, BLOCK_M)
-    pid = tl.program_id(0)
-    row = (pid // (n_blocks * m_tiles)).to(tl.int64)
-    tile = pid % (n_blocks * m_tiles)
-    block = tile // m_tiles
-    batch = row // n_heads
-    head = row % n_heads
-    kv_head = head // group_size
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    # one program = one tile of BLOCK_M queries of one block
+    row, block, m_tile = place(n_blocks, tl.cdiv(c_q, BLOCK_M))
+    q_ptr = head_of(q_ptr, row, n_heads, 1, q_stride_b, q_stride_h)
+    k_ptr = head_of(k_ptr, row, n_heads, group_size, k_stride_b, k_stride_h)
+    v_ptr = head_of(v_ptr, row, n_heads, group_size, v_stride_b, v_stride_h)
     dout_ptr += row * n_queries * VALUE_DIM
     dq_ptr += row * n_queries * HEAD_DIM
     lse_ptr += row * n_queries
@@ -162,7 +165,7 @@ def backward_dq_kernel(
     q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
     k_index_ptr += row * n_rounds * n_blocks * c_k
 
-    q_rows = load_index(q_index_ptr, block, c_q, (tile % m_tiles) * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
+    q_rows = load_index(q_index_ptr, block, c_q, m_tile * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
     q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     dout = load_rows(dout_ptr, q_rows, VALUE_DIM, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     lse = tl.load(lse_ptr + q_rows, mask=q_rows >= 0, other=0.0) * 1.4426950408889634  # [BLOCK_M]
@@ -198,17 +201,10 @@ def backward_dkv_kernel(
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # one program = one tile of BLOCK_N keys of one block, for one query head (heads of a group are summed afterwards)
-    n_tiles = tl.cdiv(c_k, BLOCK_N)
-    pid = tl.program_id(0)
-    row = (pid // (n_blocks * n_tiles)).to(tl.int64)
-    tile = pid % (n_blocks * n_tiles)
-    block = tile // n_tiles
-    batch = row // n_heads
-    head = row % n_heads
-    kv_head = head // group_size
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    row, block, n_tile = place(n_blocks, tl.cdiv(c_k, BLOCK_N))
+    q_ptr = head_of(q_ptr, row, n_heads, 1, q_stride_b, q_stride_h)
+    k_ptr = head_of(k_ptr, row, n_heads, group_size, k_stride_b, k_stride_h)
+    v_ptr = head_of(v_ptr, row, n_heads, group_size, v_stride_b, v_stride_h)
     dout_ptr += row * n_queries * VALUE_DIM
     lse_ptr += row * n_queries
     delta_ptr += row * n_queries
@@ -217,7 +213,7 @@ def backward_dkv_kernel(
     q_index_ptr += row * n_rounds * n_blocks * c_q
     k_index_ptr += (row * n_rounds + round_id) * n_blocks * c_k
 
-    k_rows = load_index(k_index_ptr, block, c_k, (tile % n_tiles) * BLOCK_N, True, BLOCK_N)  # [BLOCK_N]
+    k_rows = load_index(k_index_ptr, block, c_k, n_tile * BLOCK_N, True, BLOCK_N)  # [BLOCK_N]
     k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     if IS_FIRST:

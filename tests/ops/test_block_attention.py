@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,6 +179,21 @@ def test_indices_need_not_be_contiguous(impl: str) -> None:
     strided = (torch.stack([x, x * 0 + 10**6], -1)[..., 0] for x in (q_index, k_index))
     out, _ = block_attention(*case.inputs(), *strided, impl=impl)
     assert torch.equal(out, block_attention(*case.inputs(), q_index, k_index, impl=impl)[0])
+
+
+@needs_compiler
+def test_rows_that_stand_beyond_two_to_the_31_elements_are_found(tmp_path: Path) -> None:
+    # a sparse file: the gaps between the rows take neither memory nor disk
+    stride = 2**30
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 16)
+    far = storage.as_strided((1, 1, 4, 16), (0, 0, stride, 1))
+    torch.manual_seed(0)
+    near = torch.randn(1, 1, 4, 16)
+    far.copy_(near)
+    index = torch.arange(4, dtype=torch.int32).view(1, 1, 1, 1, 4)
+    out, lse = block_attention(far, far, far, index, index, impl="triton")
+    expected, expected_lse = block_attention(near, near, near, index, index, impl="triton")
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
