@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastattn.cli._minilm import Halves
 
 BATCH = 4  # texts at once; more is no faster on a CPU
-COSINE_TEXTS = 12  # first halves that the cosine is averaged over; a few seeds tell more than a few texts
+COSINE_TEXTS = 8  # first halves that the cosine is averaged over; a few seeds tell more than a few texts
 
 
 @dataclass

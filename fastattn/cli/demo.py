@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SETTINGS = ((1, 64), (2, 64), (4, 64), (4, 128))  # (rounds, cluster size)
 
 TUNED = "block_attention_forward"
-TUNING_SECONDS = 5.0
+TUNING_SECONDS = 4.0
 
 console = Console()
 
