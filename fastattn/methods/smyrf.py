@@ -247,19 +247,12 @@ def _cut(order: Tensor, mask: Tensor | None, n_blocks: int, size: int, packed: b
 
 
 def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projections: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    q_cluster_size: int,
-    k_cluster_size: int | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, projections: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    """rest: as :func:`_attend` takes it, but for impl."""
     if query_mask is None and q.shape[2] == k.shape[2]:
         query_mask = key_mask
-    return _attend(q, k, v, projections, key_mask, query_mask, q_cluster_size, k_cluster_size, scale, None)
+    return _attend(q, k, v, projections, key_mask, query_mask, *rest, impl=None)
 
 
 def _fake_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fastattn import smyrf_attention
-
-Change = Callable[[dict[str, Any]], Any]
+from tests.bad_input import Bad, Change, each_of
 
 
 def good() -> dict[str, Any]:
@@ -24,7 +22,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 MASKS = ("key_mask", "query_mask")
-BAD: list[tuple[str, type[Exception], str, Change]] = [
+BAD: list[Bad] = [
     *((name, TypeError, "not a tensor", lambda a, n=name: a[n].tolist()) for name in (*"qkv", *MASKS, "projections")),
     *((name, ValueError, "device", lambda a, n=name: a[n].to("meta")) for name in (*"kv", *MASKS, "projections")),
     *((name, ValueError, "rank", lambda a, n=name: a[n][0]) for name in (*"qkv", *MASKS, "projections")),
@@ -61,9 +59,7 @@ BAD: list[tuple[str, type[Exception], str, Change]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "change"), [(n, e, c) for n, e, _, c in BAD], ids=[f"{n}: {why}" for n, _, why, _ in BAD]
-)
+@each_of(BAD)
 def test_is_named(name: str, error: type[Exception], change: Change) -> None:
     args = good()
     with pytest.raises(error, match=rf"^{name}\b"):

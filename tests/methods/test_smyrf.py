@@ -15,6 +15,7 @@ from fastattn.methods import smyrf
 from fastattn.ops.block_attention import block_attention
 from fastattn.reference import smyrf as definition
 from tests.accuracy import assert_as_accurate, original
+from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves
 
 D, SIZE = 8, 16  # of the fixtures, and of most tests here, so that kernels are built once
@@ -180,18 +181,7 @@ class TestDraws:
 
 
 class TestStrides:
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            pytest.param(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), id="heads inside"),
-            pytest.param(lambda x: torch.stack([x, x + 1], 3)[:, :, :, 0], id="every other row"),
-            pytest.param(lambda x: torch.stack([x, x + 1], -1)[..., 0], id="every other column"),
-            pytest.param(lambda x: x.mT.contiguous().mT, id="columns first"),
-            pytest.param(lambda x: x[:1].expand_as(x), id="one example for all"),
-            pytest.param(lambda x: x[:, :1].expand_as(x), id="one head for all"),
-            pytest.param(lambda x: x[:, :, :1].expand_as(x), id="one row for all"),
-        ],
-    )
+    @pytest.mark.parametrize("layout", LAYOUTS)
     def test_do_not_matter(self, layout: Any) -> None:
         x = each(layout, inputs())
         knobs: dict[str, Any] = {"n_hashes": 3, "q_cluster_size": SIZE, "projections": draws()}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fastattn.ops.block_attention import block_attention
-
-Change = Callable[[dict[str, Any]], Any]
+from tests.bad_input import Bad, Change, each_of
 
 
 def good() -> dict[str, Any]:
@@ -19,7 +17,7 @@ def good() -> dict[str, Any]:
     return args | {"q_index": index, "k_index": index, "key_mask": torch.ones(2, 12, dtype=torch.bool)}
 
 
-BAD: list[tuple[str, type[Exception], str, Change]] = [
+BAD: list[Bad] = [
     *((name, TypeError, "not a tensor", lambda a, n=name: a[n].tolist()) for name in good()),
     *((name, ValueError, "wrong device", lambda a, n=name: a[n].to("meta")) for name in good() if name != "q"),
     *((name, ValueError, "wrong rank", lambda a, n=name: a[n][0]) for name in good()),
@@ -51,9 +49,7 @@ BAD: list[tuple[str, type[Exception], str, Change]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "change"), [(n, e, c) for n, e, _, c in BAD], ids=[f"{n}: {why}" for n, _, why, _ in BAD]
-)
+@each_of(BAD)
 def test_is_named(name: str, error: type[Exception], change: Change) -> None:
     args = good()
     with pytest.raises(error, match=rf"^{name}\b"):
