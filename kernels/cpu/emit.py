@@ -12,7 +12,8 @@ from .schedule import Group, Schedule, Statement, loop_index
 from .ttir import Block, Function, Op, Value, constant_number, parse
 
 ENTRY = "fastattn_run"
-_PRELUDE = Path(__file__).with_name("prelude.h")
+# what generated code stands on, in this order
+_HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "functions.h", "products.h")]
 
 
 def generate(ttir: str, lanes: int) -> str:
@@ -25,7 +26,7 @@ def generate(ttir: str, lanes: int) -> str:
     Raises:
         Unsupported: the kernel uses what the engine does not cover.
     """
-    return _PRELUDE.read_text() + Emitter(parse(ttir), lanes).text()
+    return "".join(header.read_text() for header in _HEADERS) + Emitter(parse(ttir), lanes).text()
 
 
 class Emitter:
