@@ -7,13 +7,16 @@ from itertools import count
 from pathlib import Path
 
 from . import formulas
+from .folds import is_reversed
 from .nest import Nest
-from .schedule import Group, Schedule, Statement, loop_index
+from .schedule import Group, Schedule, Statement, loop_index, product_operand, root
 from .ttir import Block, Function, Op, Value, constant_number, parse
 
 ENTRY = "fastattn_run"
+# element types of the operands and of the accumulator
+_PRODUCTS = [{"f32"}, {"f16", "f32"}, {"bf16", "f32"}, {"i8", "i32"}]
 # what generated code stands on, in this order
-_HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "functions.h", "products.h")]
+_HEADERS = ("vectors.h", "halves.h", "memory.h", "functions.h", "products.h")
 
 
 def generate(ttir: str, lanes: int) -> str:
@@ -26,7 +29,7 @@ def generate(ttir: str, lanes: int) -> str:
     Raises:
         Unsupported: the kernel uses what the engine does not cover.
     """
-    return "".join(header.read_text() for header in _HEADERS) + Emitter(parse(ttir), lanes).text()
+    return "".join(Path(__file__).with_name(name).read_text() for name in _HEADERS) + Emitter(parse(ttir), lanes).text()
 
 
 class Emitter:
@@ -79,7 +82,7 @@ class Emitter:
         unpack = []
         for at, arg in enumerate(self.function.args):
             name = self.scalars[arg] = f"arg{at}"
-            kind = formulas.c_type(arg.element)
+            kind = formulas.register_type(arg.element)
             unpack.append(f"  {kind} {name}; memcpy(&{name}, args + {at}, sizeof {name});")
         self.block(self.function.body)
         body = "\n".join(self.lines)
@@ -117,13 +120,22 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
             self._scalar_statement(first)
         elif first.kind == "tt.dot":
             self._dot(group)
-        elif first.kind == "transpose":
-            self._transpose(first.op)
+        elif first.kind == "tt.scan":
+            self._scan(first)
         else:
-            nest = Nest(self, group.space)
+            nest = Nest(self, group.space, group.statements)
             for statement in group.statements:
                 nest.statement(statement)
             nest.close()
+
+    def _scan(self, statement: Statement) -> None:
+        op, axis = statement.op, statement.op.number("axis")
+        shape = op.operands[0].shape
+        nest = Nest(self, shape, [statement], width=1 if axis == len(shape) - 1 else None)
+        if is_reversed(op):
+            nest.turn(axis)
+        nest.statement(statement)
+        nest.close()
 
     def _scalar_statement(self, statement: Statement) -> None:
         op = statement.op
@@ -131,21 +143,30 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
             return self._for(op)
         if op.name == "scf.if":
             return self._if(op)
+        if op.name == "scf.while":
+            return self._while(op)
+        if op.name == "tt.unsplat":
+            place = self.buffer(root(op.operands[0]))
+            return self._define(op.result, f"read({place}){' != 0' if op.result.element == 'i1' else ''}")
         operands = [self.scalar(x) for x in op.operands]
         if op.name == "tt.store":
             guard = f"if ({operands[2]}) " if len(operands) > 2 else ""
-            return self.write(f"{guard}*{operands[0]} = {operands[1]};")
+            return self.write(f"{guard}write({operands[0]}, {operands[1]});")
         if op.name == "tt.get_program_id":
             text = f"pid_{op.text[0]}"
         elif op.name == "tt.get_num_programs":
             text = f"grid[{'xyz'.index(op.text[0])}]"
         elif op.name == "tt.load":
             other = operands[2] if len(operands) > 2 else "0"
-            text = f"*{operands[0]}" if len(operands) == 1 else f"{operands[1]} ? *{operands[0]} : {other}"
+            text = f"read({operands[0]})"
+            text = text if len(operands) == 1 else f"{operands[1]} ? {text} : {other}"
         else:
             text = formulas.element(op, operands, is_vector=False)
-        name = self.scalars[op.result] = self.fresh("s")
-        self.write(f"{formulas.c_type(op.result.element)} const {name} = {text};")
+        self._define(op.result, text)
+
+    def _define(self, value: Value, text: str) -> None:
+        name = self.scalars[value] = self.fresh("s")
+        self.write(f"{formulas.register_type(value.element)} const {name} = {text};")
 
     # ---- control flow
 
@@ -157,9 +178,11 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
             self._alias(result, value)
         name = self.scalars[index] = self.fresh("n")
         low, high, step = (self.scalar(x) for x in op.operands[:3])
-        kind = formulas.c_type(index.element)
-        self.write(f"for ({kind} {name} = {low}; {name} < {high}; {name} += {step}) {{")
+        # counted in 64 bits: the step beyond the last index may not fit into the index's own type
+        wide = self.fresh("n")
+        self.write(f"for (int64_t {wide} = {low}; {wide} < {high}; {wide} += {step}) {{")
         self.depth += 1
+        self.write(f"const auto {name} = ({formulas.register_type(index.element)}){wide};")
         self.block(body)
         self._assign(carried, body.terminator.operands if carried else [])
         self.depth -= 1
@@ -171,13 +194,34 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
                 self.buffer(result)
             else:
                 self.scalars[result] = self.fresh("s")
-                self.write(f"{formulas.c_type(result.element)} {self.scalars[result]};")
+                self.write(f"{formulas.register_type(result.element)} {self.scalars[result]};")
         for at, region in enumerate(op.regions):
             self.write(f"if ({self.scalar(op.operands[0])}) {{" if at == 0 else "} else {")
             self.depth += 1
             self.block(region)
             self._assign(op.results, region.terminator.operands if op.results else [])
             self.depth -= 1
+        self.write("}")
+
+    def _while(self, op: Op) -> None:
+        before, body = op.regions
+        for value, initial in zip(before.args, op.operands, strict=True):
+            self._start(value, initial)
+        # the condition's operands are what the body starts from and, in the end, the results
+        for value, result in zip(body.args, op.results, strict=True):
+            if not value.shape:
+                self.scalars[value] = self.fresh("c")
+                self.write(f"{formulas.register_type(value.element)} {self.scalars[value]};")
+            self._alias(result, value)
+        self.write("for (;;) {")
+        self.depth += 1
+        self.block(before)
+        condition, *given = before.terminator.operands
+        self._assign(body.args, given)
+        self.write(f"if (!{self.scalar(condition)}) break;")
+        self.block(body)
+        self._assign(before.args, body.terminator.operands if before.args else [])
+        self.depth -= 1
         self.write("}")
 
     def _alias(self, result: Value, value: Value) -> None:
@@ -191,7 +235,7 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
         if not value.shape:
             text = self.scalar(initial)
             self.scalars[value] = self.fresh("c")
-            return self.write(f"{formulas.c_type(value.element)} {self.scalars[value]} = {text};")
+            return self.write(f"{formulas.register_type(value.element)} {self.scalars[value]} = {text};")
         if self.schedule.shared.get(initial) is not value:
             self._fill(self.buffer(value), initial)
 
@@ -221,40 +265,34 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
 
     def _is_kept_apart(self, value: Value) -> bool:
         """A value with a buffer that no assignment of this round overwrites: the result of inner control flow."""
-        return value.op is not None and value.op.name in ("scf.for", "scf.if")
+        return value.op is not None and value.op.name in ("scf.for", "scf.if", "scf.while")
 
     # ---- products
 
-    def _transpose(self, op: Op) -> None:
-        source, target = op.operands[0], op.result
-        if len(source.shape) != 2 or source.element != "f32":
-            raise op.unsupported(f"a transposed right operand of type {source.element}, rank {len(source.shape)}")
-        rows, columns = source.shape
-        width = min(self.lanes, rows, columns)
-        self.write(f"transpose<{rows}, {columns}, {width}>({self.buffer(source)}, {self.buffer(target)});")
-
     def _dot(self, group: Group) -> None:
         op = group.statements[0].op
-        a, b, c = op.operands
-        if any(x.element != "f32" for x in (a, b, c)) or len(op.result.shape) != 2:
-            raise op.unsupported(f"operands {a.element} x {b.element} + {c.element} of rank {len(op.result.shape)}")
-        (m, n), k = op.result.shape, a.shape[1]
-        a_row, a_column = k, 1
-        if self.schedule.is_inline(a):  # a transposition: read down the columns
-            assert a.op is not None
-            a, a_row, a_column = a.op.operands[0], 1, m
-        here = loop_index(op.result.shape)
-        start = Nest(self, op.result.shape)
+        (a, a_transposed), (b, b_transposed) = (product_operand(x) for x in op.operands[:2])
+        c, shape = op.operands[2], op.result.shape
+        if {a.element, b.element, c.element, op.result.element} not in _PRODUCTS or a.element != b.element:
+            raise op.unsupported(f"operands {a.element} x {b.element} + {c.element}")
+        here = loop_index(shape)
+        start = Nest(self, shape)
         initial = start.vector(c, here)
-        finish = Nest(self, op.result.shape)
+        finish = Nest(self, shape, group.statements)
         finish.define(op.result, "x")
-        if op.result not in self.schedule.elided:
-            finish.put(f"store({finish.element(op.result, here)}, x);")
+        finish.keep(op.result, "x")
         for statement in group.statements[1:]:
             finish.statement(statement)
-        width = finish.width
-        vector = f"V<float, {width}>"
-        inline = "__attribute__((always_inline))"
-        self.write(f"product<float, {m}, {n}, {k}, {width}, {a_row}, {a_column}>({self.buffer(a)}, {self.buffer(b)},")
-        self.write(f"  [&](int i0, int j) {inline} -> {vector} {{ {start.inlined()} return {initial}; }},")
-        self.write(f"  [&](int i0, int j, {vector} x) {inline} {{ {finish.inlined()} }});")
+        (*batch, m, n), k = shape, op.operands[0].shape[-1]
+        kind, vector = formulas.buffer_type(a.element), formulas.vector_type(c.element, finish.width)
+        for axis, size in enumerate(batch):
+            self.write(f"for (int i{axis} = 0; i{axis} < {size}; ++i{axis})")
+        place = " + ".join(f"i{axis} * {math.prod(batch[axis + 1 :])}" for axis in range(len(batch)))
+        left, right = (
+            self.buffer(root(x)) + (f" + ({place}) * {size * k}" if batch else "") for x, size in ((a, m), (b, n))
+        )
+        sides = ", ".join(f"{kind}, {'true' if flag else 'false'}" for flag in (a_transposed, b_transposed))
+        inline, row = "__attribute__((always_inline))", here[-2]
+        self.write(f"product<{formulas.lane_type(c.element)}, {m}, {n}, {k}, {finish.width}, {sides}>({left}, {right},")
+        self.write(f"  [&](int {row}, int j) {inline} -> {vector} {{ {start.inlined()} return {initial}; }},")
+        self.write(f"  [&](int {row}, int j, {vector} x) {inline} {{ {finish.inlined()} }});")

@@ -1,68 +1,132 @@
-"""The C++ of one element, or of one vector of elements, of each elementwise operation; types and literals."""
+"""The C++ of one element, or of one vector of elements, of each elementwise operation; types and literals.
+
+An fp16 or bf16 number is computed as a float that is rounded after each operation, which for these formats gives what
+the narrow operation itself would; in memory and in buffers it has its 16 bits. A boolean is a ``bool``, in vectors and
+buffers an int32 that is 0 or -1.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 
-from .ttir import Op, Value
+from ..errors import Unsupported
+from .ttir import Op
 
-_C_TYPES = {"f32": "float", "i1": "bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t"}
+HALVES = ("f16", "bf16")
+_REGISTER_TYPES = {
+    "f16": "float", "bf16": "float", "f32": "float", "i1": "bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t",
+    "i64": "int64_t",
+}  # fmt: skip
 _INFIX = {
-    "arith.addf": "+", "arith.subf": "-", "arith.mulf": "*", "arith.divf": "/", "arith.addi": "+", "arith.subi": "-",
-    "arith.muli": "*", "arith.divsi": "/", "arith.remsi": "%", "arith.andi": "&", "arith.ori": "|", "arith.xori": "^",
+    "arith.addf": "+", "arith.subf": "-", "arith.mulf": "*", "arith.divf": "/", "tt.precise_divf": "/",
+    "arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.andi": "&", "arith.ori": "|", "arith.xori": "^",
     "arith.shli": "<<", "arith.shrsi": ">>",
+}  # fmt: skip
+# on booleans, of which true is -1 to signed and 1 to unsigned comparisons
+_BOOLEAN_INFIX = {
+    "arith.addi": "^", "arith.subi": "^", "arith.muli": "&", "arith.andi": "&", "arith.ori": "|", "arith.xori": "^",
+    "arith.maxui": "|", "arith.minui": "&", "arith.maxsi": "&", "arith.minsi": "|",
 }  # fmt: skip
 _FUNCTIONS = {
     "arith.maxnumf": "max_number", "arith.minnumf": "min_number", "arith.maximumf": "max_nan",
-    "arith.minimumf": "min_nan", "arith.maxsi": "max_signed", "arith.minsi": "min_signed", "math.exp": "power_of_e",
-    "math.exp2": "power_of_two", "math.log": "logarithm", "math.log2": "logarithm2", "math.sqrt": "square_root",
-    "math.absf": "absolute",
+    "arith.minimumf": "min_nan", "arith.maxsi": "max_signed", "arith.minsi": "min_signed",
+    "arith.maxui": "max_unsigned", "arith.minui": "min_unsigned", "arith.divsi": "divide",
+    "arith.divui": "divide_unsigned", "arith.remsi": "remainder", "arith.remui": "remainder_unsigned",
+    "arith.remf": "float_remainder", "arith.shrui": "shift_right_unsigned", "tt.mulhiui": "multiply_high_unsigned",
+    "math.exp": "power_of_e", "math.exp2": "power_of_two", "math.log": "logarithm", "math.log2": "logarithm2",
+    "math.sqrt": "square_root", "tt.precise_sqrt": "square_root", "math.rsqrt": "reciprocal_root",
+    "math.sin": "sine", "math.cos": "cosine", "math.erf": "error_function", "math.floor": "floor_of",
+    "math.ceil": "ceil_of", "math.absf": "absolute", "math.absi": "absolute", "math.ctpop": "population_count",
 }  # fmt: skip
-_COMPARISONS = {
+# operations of these names whose result may lie between two numbers of a 16-bit format
+_ROUNDED = {
+    "arith.addf", "arith.subf", "arith.mulf", "arith.divf", "tt.precise_divf", "arith.remf", "math.fma", "math.exp",
+    "math.exp2", "math.log", "math.log2", "math.sqrt", "tt.precise_sqrt", "math.rsqrt", "math.sin", "math.cos",
+    "math.erf", "arith.sitofp", "arith.uitofp", "arith.truncf",
+}  # fmt: skip
+_CONVERSIONS = {
+    "arith.extsi", "arith.extui", "arith.trunci", "arith.sitofp", "arith.uitofp", "arith.fptosi", "arith.fptoui",
+    "arith.extf", "arith.truncf", "tt.fp_to_fp",
+}  # fmt: skip
+_SIGNED_COMPARISONS = {
     "eq": "{0} == {1}", "ne": "{0} != {1}", "slt": "{0} < {1}", "sle": "{0} <= {1}", "sgt": "{0} > {1}",
-    "sge": "{0} >= {1}", "oeq": "{0} == {1}", "ogt": "{0} > {1}", "oge": "{0} >= {1}", "olt": "{0} < {1}",
-    "ole": "{0} <= {1}", "one": "({0} < {1}) | ({0} > {1})", "ord": "({0} == {0}) & ({1} == {1})",
+    "sge": "{0} >= {1}",
+}  # fmt: skip
+_UNSIGNED_COMPARISONS = {
+    "ult": "as_unsigned({0}) < as_unsigned({1})", "ule": "as_unsigned({0}) <= as_unsigned({1})",
+    "ugt": "as_unsigned({0}) > as_unsigned({1})", "uge": "as_unsigned({0}) >= as_unsigned({1})",
+}  # fmt: skip
+_FLOAT_COMPARISONS = {
+    "oeq": "{0} == {1}", "ogt": "{0} > {1}", "oge": "{0} >= {1}", "olt": "{0} < {1}", "ole": "{0} <= {1}",
+    "one": "({0} < {1}) | ({0} > {1})", "ord": "({0} == {0}) & ({1} == {1})",
     # unordered ones are the ordered ones turned round: true where there is a NaN
     "une": "{0} != {1}", "uno": "({0} != {0}) | ({1} != {1})", "ult": "!({0} >= {1})", "ule": "!({0} > {1})",
-    "ugt": "!({0} <= {1})", "uge": "!({0} < {1})",
+    "ugt": "!({0} <= {1})", "uge": "!({0} < {1})", "ueq": "!(({0} < {1}) | ({0} > {1}))",
 }  # fmt: skip
-# of integer predicates these compare without sign; on floats the same letters mean "unordered"
-_UNSIGNED = {"ult", "ule", "ugt", "uge"}
-# combine operation of a reduction -> the element that changes nothing
-_IDENTITY = {
-    "arith.addf": -0.0, "arith.addi": 0, "arith.mulf": 1.0, "arith.muli": 1, "arith.ori": 0, "arith.xori": 0,
-    "arith.andi": -1, "arith.maxnumf": -math.inf, "arith.maximumf": -math.inf, "arith.minnumf": math.inf,
-    "arith.minimumf": math.inf,
-}  # fmt: skip
+# how other languages' functions are called where Triton has no operation of its own
+_POPULATION_COUNTS = {"__nv_popc", "__nv_popcll", "__ockl_popcount_u32", "__ockl_popcount_u64"}
+
+# every operation with a formula, and those whose cost is worth a buffer
+ELEMENTWISE = frozenset(
+    {*_INFIX, *_BOOLEAN_INFIX, *_FUNCTIONS, *_CONVERSIONS, "arith.cmpi", "arith.cmpf", "arith.select", "arith.negf",
+     "arith.bitcast", "math.fma", "tt.bitcast", "tt.addptr", "tt.clampf", "tt.extern_elementwise",
+     "tt.elementwise_inline_asm"}
+)  # fmt: skip
+COSTLY = frozenset(
+    {"math.exp", "math.exp2", "math.log", "math.log2", "math.sqrt", "math.rsqrt", "math.sin", "math.cos", "math.erf",
+     "tt.precise_sqrt", "tt.precise_divf", "arith.divf", "arith.remf", "arith.divsi", "arith.divui", "arith.remsi",
+     "arith.remui", "tt.mulhiui"}
+)  # fmt: skip
 
 
-def c_type(element: str) -> str:
-    """Raises Unsupported for element types that the engine lacks."""
-    if element.startswith("!tt.ptr"):
-        pointee = element.removeprefix("!tt.ptr<").split(",")[0].rstrip(">")
-        if pointee == "i1":
-            raise _no_type("a pointer to booleans")
-        return c_type(pointee) + "*"
-    if element not in _C_TYPES:
-        raise _no_type(f"element type {element}")
-    return _C_TYPES[element]
+# ---- types
 
 
-def _no_type(what: str) -> Exception:
-    from ..errors import Unsupported
+def is_pointer(element: str) -> bool:
+    return element.startswith("!tt.ptr")
 
-    return Unsupported(f"the CPU engine does not cover {what}")
+
+def register_type(element: str) -> str:
+    """The C++ type of a scalar; a vector has lanes of :func:`lane_type`."""
+    return _memory_type(element) if is_pointer(element) else _lookup(element)
+
+
+def lane_type(element: str) -> str:
+    return "int32_t" if element == "i1" else register_type(element)
 
 
 def buffer_type(element: str) -> str:
-    """As :func:`c_type`, but booleans are kept as masks: int32, 0 or -1."""
-    return "int32_t" if element == "i1" else c_type(element)
+    """The type of a buffer's elements."""
+    return "int32_t" if element == "i1" else _memory_type(element)
+
+
+def vector_type(element: str, width: int | str) -> str:
+    return f"V<{lane_type(element)}, {width}>"
+
+
+def _memory_type(element: str) -> str:
+    if is_pointer(element):
+        pointee = element.removeprefix("!tt.ptr<").split(",")[0].rstrip(">")
+        # Triton reads and writes booleans through pointers to bytes
+        return "int8_t*" if pointee == "i1" else f"{_memory_type(pointee)}*"
+    return element if element in HALVES else _lookup(element)
+
+
+def _lookup(element: str) -> str:
+    if element not in _REGISTER_TYPES:
+        raise Unsupported(f"the CPU engine does not cover element type {element}")
+    return _REGISTER_TYPES[element]
+
+
+def bits(element: str) -> int:
+    return int(re.sub(r"\D", "", element))
 
 
 def literal(number: bool | int | float, element: str) -> str:
     if element == "i1":
         return "true" if number else "false"
-    if element == "f32":
+    if register_type(element) == "float":
         number = float(number)
         if math.isnan(number):
             return '__builtin_nanf("")'
@@ -71,45 +135,68 @@ def literal(number: bool | int | float, element: str) -> str:
         return f"({number!r}f)"
     if number == -(2**63):
         return "INT64_MIN"
-    return f"(({c_type(element)}){int(number)}{'LL' if element == 'i64' else ''})"
+    return f"(({register_type(element)}){int(number)}{'LL' if element == 'i64' else ''})"
 
 
-def broadcast(text: str, element: str, width: int) -> str:
+def broadcast(text: str, element: str, width: int | str) -> str:
     """A vector of ``width`` equal lanes."""
     if element == "i1":
         return f"broadcast_mask<{width}>({text})"
-    return f"broadcast<{c_type(element)}, {width}>({text})"
+    return f"broadcast<{register_type(element)}, {width}>({text})"
+
+
+# ---- formulas
 
 
 def element(op: Op, operands: list[str], *, is_vector: bool) -> str:
     """The formula of an elementwise operation for scalars, or for vectors of equal width."""
-    name = op.name
+    text = _formula(op, operands, is_vector)
+    kind = op.result.element
+    if kind in HALVES and op.name in _ROUNDED:
+        return f"round_to<{kind}>({text})"
+    return text
+
+
+def _formula(op: Op, operands: list[str], is_vector: bool) -> str:
+    name, kind = op.name, op.result.element
+    if kind == "i1" and name in _BOOLEAN_INFIX:
+        return f"({operands[0]} {_BOOLEAN_INFIX[name]} {operands[1]})"
+    if name in ("arith.cmpi", "arith.cmpf"):
+        return _comparison(op, operands, is_vector)
+    if name in _CONVERSIONS:
+        return _conversion(op, operands[0], is_vector)
+    if name == "arith.select":
+        return f"select({', '.join(operands)})"
+    if name in ("tt.bitcast", "arith.bitcast"):
+        return _bitcast(op, operands[0], is_vector)
+    if name == "tt.addptr" and not is_vector:
+        return f"({operands[0]} + (int64_t){operands[1]})"
+    if kind == "i1" or is_pointer(kind):
+        raise op.unsupported(f"a result of type {kind}")
     if name in _INFIX:
         return f"({operands[0]} {_INFIX[name]} {operands[1]})"
     if name in _FUNCTIONS:
         return f"{_FUNCTIONS[name]}({', '.join(operands)})"
-    if name in ("arith.cmpi", "arith.cmpf"):
-        return _comparison(op, operands, is_vector)
-    if name == "arith.select":
-        return f"select({', '.join(operands)})"
     if name == "arith.negf":
         return f"(-{operands[0]})"
     if name == "math.fma":
         return f"({operands[0]} * {operands[1]} + {operands[2]})"
-    if name == "math.rsqrt":
-        return f"(1.0f / square_root({operands[0]}))"
-    if name == "tt.addptr" and not is_vector:
-        return f"({operands[0]} + (int64_t){operands[1]})"
-    if name in ("arith.extsi", "arith.extui", "arith.trunci", "arith.sitofp", "arith.uitofp", "arith.fptosi"):
-        return _conversion(op, operands[0], is_vector)
+    if name == "tt.clampf":
+        keep = "nan" if "all" in op.text.rpartition("propagateNan")[2] else "number"
+        return f"min_{keep}(max_{keep}({operands[0]}, {operands[1]}), {operands[2]})"
+    if name in ("tt.extern_elementwise", "tt.elementwise_inline_asm"):
+        return _foreign(op, operands)
     raise op.unsupported("no lowering")
 
 
 def _comparison(op: Op, operands: list[str], is_vector: bool) -> str:
     predicate = op.text.split(",")[0].strip()
-    if predicate not in _COMPARISONS or (op.name == "arith.cmpi" and predicate in _UNSIGNED):
+    table = _FLOAT_COMPARISONS if op.name == "arith.cmpf" else _SIGNED_COMPARISONS | _UNSIGNED_COMPARISONS
+    if predicate not in table:
         raise op.unsupported(f"predicate {predicate}")
-    text = _COMPARISONS[predicate].format(*operands)
+    if op.operands[0].element == "i1" and not is_vector:  # as in vectors: true is -1
+        operands = [f"(-(int32_t){x})" for x in operands]
+    text = table[predicate].format(*operands)
     if not is_vector:
         return f"({text})"
     return f"as_mask({text.replace('!(', '~(')})"
@@ -117,32 +204,61 @@ def _comparison(op: Op, operands: list[str], is_vector: bool) -> str:
 
 def _conversion(op: Op, operand: str, is_vector: bool) -> str:
     source, target = op.operands[0].element, op.result.element
+    if source not in _REGISTER_TYPES:
+        raise op.unsupported(f"a conversion from {source}")
+    kind = register_type(target)
+    if op.name in ("arith.extf", "arith.truncf"):
+        return operand  # both are floats here; element() rounds
+    if op.name == "tt.fp_to_fp":
+        return _rounding(op, operand, source, target)
     unsigned = op.name in ("arith.extui", "arith.uitofp")
-    if unsigned and source != "i1":
-        raise op.unsupported(f"an unsigned conversion from {source}")
-    if target == "i1":  # the lowest bit
+    if source == "i1":  # -1 in vectors
+        if is_vector:
+            return f"convert<{lane_type(target)}>({'-' if unsigned else ''}{operand})"
+        return f"(({kind}){'' if unsigned else '-'}(int32_t){operand})"
+    if target == "i1":
+        if op.name != "arith.trunci":
+            raise op.unsupported(f"a conversion from {source} to i1")
         return f"as_mask(-({operand} & 1))" if is_vector else f"(({operand} & 1) != 0)"
-    if source == "i1" and not is_vector:
-        return f"(({c_type(target)}){'' if unsigned else '-'}(int32_t){operand})"
-    if not is_vector:
-        return f"(({c_type(target)}){operand})"
-    return f"convert<{c_type(target)}>({'-' if source == 'i1' and unsigned else ''}{operand})"
+    if unsigned:
+        return f"convert_unsigned<{kind}>({operand})"
+    if op.name == "arith.fptoui":
+        return f"to_unsigned_integer<{kind}>({operand})"
+    return f"convert<{kind}>({operand})" if is_vector else f"(({kind}){operand})"
 
 
-def combine(op: Op) -> tuple[str, str]:
-    """(identity, combining formula of ``a`` and ``b``) of a ``tt.reduce`` of one operand by one operation."""
-    inner = op.regions[0].ops
-    if len(op.operands) != 1 or len(inner) != 2 or inner[0].name not in {*_IDENTITY, "arith.maxsi", "arith.minsi"}:
-        raise op.unsupported("a combine region of more than one plain operation")
-    if set(inner[0].operands) != set(op.regions[0].args) or inner[1].operands != inner[0].results:
-        raise op.unsupported("a combine region that is not a plain operation on its two arguments")
-    value: Value = op.operands[0]
-    if value.element == "i1":
-        raise op.unsupported("a reduction of booleans")
-    formula = element(inner[0], ["a", "b"], is_vector=True)
-    if inner[0].name in ("arith.maxsi", "arith.minsi"):
-        bits = int(value.element[1:])
-        number = -(2 ** (bits - 1)) if inner[0].name == "arith.maxsi" else 2 ** (bits - 1) - 1
-    else:
-        number = _IDENTITY[inner[0].name]
-    return literal(number, value.element), formula
+def _rounding(op: Op, operand: str, source: str, target: str) -> str:
+    if {source, target} - {"f16", "bf16", "f32"}:
+        raise op.unsupported(f"a conversion from {source} to {target}")
+    if target == "f32":
+        return operand
+    if "rounding = rtz" in op.text:
+        return f"round_toward_zero<{target}>({operand})"
+    return f"round_to<{target}>({operand})"
+
+
+def _bitcast(op: Op, operand: str, is_vector: bool) -> str:
+    source, target = op.operands[0].element, op.result.element
+    if is_pointer(target) and not is_vector:
+        return f"(({register_type(target)}){operand})"
+    if is_pointer(source) or is_pointer(target) or "i1" in (source, target) or bits(source) != bits(target):
+        raise op.unsupported(f"{source} as {target}")
+    if source == target:
+        return operand
+    packed = f"pack<{source}>({operand})" if source in HALVES else f"as_unsigned({operand})"
+    if target in HALVES:
+        return f"unpack<{target}>({packed})"
+    return f"bits_to<{register_type(target)}>({packed})"
+
+
+def _foreign(op: Op, operands: list[str]) -> str:
+    """Population count in the languages of CUDA's and AMD's libraries and of PTX."""
+    said = op.strings[0].strip() if op.strings else ""
+    symbol = re.search(r'symbol = ""', op.text)
+    names = set(op.strings)
+    is_count = bool(symbol and names & _POPULATION_COUNTS) or re.fullmatch(r"popc\.b(32|64) \$0, \$1;", said)
+    if not is_count or len(operands) != 1:
+        raise op.unsupported(f"foreign code {', '.join(op.strings)[:80]!r}")
+    count = f"population_count({operands[0]})"
+    source, target = op.operands[0].element, op.result.element
+    return count if source == target else f"convert_unsigned<{register_type(target)}>({count})"

@@ -12,21 +12,42 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Level:
-    """An instruction set. lanes: 32-bit lanes of a vector. flags: the compiler's."""
+    """An instruction set.
+
+    lanes: 32-bit lanes of a vector. flags: the compiler's; none of them is ``-march=native``, so that a level is the
+    same instructions on every machine (``-mtune`` only orders them). needs: the processor's features, as Linux names
+    them.
+    """
 
     name: str
     lanes: int
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
 
 
-AVX512 = Level("avx512", 16, ("-march=x86-64-v4", "-mtune=native", "-mprefer-vector-width=512"))
-AVX2 = Level("avx2", 8, ("-march=x86-64-v3", "-mtune=native"))
-BASELINE = Level("baseline", 4, ())  # 128-bit vectors: SSE2 or NEON, which every 64-bit processor has
+def _level(name: str, lanes: int, features: dict[str, str], *flags: str) -> Level:
+    return Level(name, lanes, (*features.values(), "-mtune=native", *flags), frozenset(features))
 
-_NEEDS = (
-    (AVX512, {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "fma", "bmi2"}),
-    (AVX2, {"avx2", "fma", "bmi2", "f16c", "movbe"}),
-)
+
+# the processor's name of a feature and the compiler's flag for it; one by one, for -march=x86-64-v4 and its like are
+# unknown to g++ before 11
+_AVX2 = {
+    "avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c", "bmi1": "-mbmi", "bmi2": "-mbmi2", "abm": "-mlzcnt",
+    "popcnt": "-mpopcnt", "movbe": "-mmovbe",
+}  # fmt: skip
+_AVX512 = _AVX2 | {f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")}
+_AVX512_BF16 = _AVX512 | {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni"}
+
+# Intel Cooper Lake, Sapphire Rapids and later Xeons; AMD Zen 4 and later. Products of bf16 and int8 in pairs. Its flags
+# are known to g++ from 10 and to clang from 9
+AVX512_BF16 = _level("avx512_bf16", 16, _AVX512_BF16, "-mprefer-vector-width=512")
+# Intel Skylake-X, Cascade Lake, Ice Lake, Tiger Lake
+AVX512 = _level("avx512", 16, _AVX512, "-mprefer-vector-width=512")
+# Intel from Haswell on, AMD from Zen on
+AVX2 = _level("avx2", 8, _AVX2)
+# 128-bit vectors, which every 64-bit processor has: SSE2 on x86-64, NEON on aarch64
+BASELINE = Level("baseline", 4)
+LEVELS = (AVX512_BF16, AVX512, AVX2, BASELINE)  # best first
 
 
 @lru_cache
@@ -51,8 +72,8 @@ def model_name() -> str:
 
 def supported_levels() -> list[Level]:
     """The levels that this machine can run, best first."""
-    wide = [level for level, needs in _NEEDS if needs <= features()] if platform.machine() == "x86_64" else []
-    return [*wide, BASELINE]
+    has = features() if platform.machine() == "x86_64" else frozenset()
+    return [level for level in LEVELS if level.needs <= has]
 
 
 @lru_cache

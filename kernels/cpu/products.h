@@ -1,9 +1,37 @@
-// Matrix products: transposition of operands and the register-blocked product.
+// Matrix products of tiles. Operands are brought into cells of 32 bits (converted, paired, transposed), then vectors of
+// sums stay in registers while k runs.
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+// WIDEST: 32-bit lanes of the widest vector. SUMS and MOST_COLUMNS: how many vectors of sums a tile of the result has,
+// and how many of them stand side by side. 16 sums leave room for their operands in 32 registers; on a Zen 4, 24 sums
+// are no faster and leave a remainder of rows. Of 16 registers 12 go to the sums, but 8 where multiplying takes another
+// one and a broadcast costs a shuffle, which four columns share out better (10 % faster than 12 sums).
+#if defined(__AVX512VL__)
+constexpr int WIDEST = 16, SUMS = 16, MOST_COLUMNS = 4;
+#elif defined(__AVX2__)
+constexpr int WIDEST = 8, SUMS = 12, MOST_COLUMNS = 2;
+#elif defined(__aarch64__)
+constexpr int WIDEST = 4, SUMS = 16, MOST_COLUMNS = 4;
+#else
+constexpr int WIDEST = 4, SUMS = 8, MOST_COLUMNS = 4;
+#endif
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
 // ---- transposition of W x W tiles: stage S swaps the bit S of the row with that of the column
+// lane l of the result is lane LANES[l] of a and b side by side
+template <int... LANES, class X> INLINE X shuffle(X a, X b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, LANES...);
+#else
+  return __builtin_shuffle(a, b, V<int32_t, sizeof...(LANES)>{LANES...});
+#endif
+}
 template <int S, class X, size_t... L> INLINE void swap_bit(X& a, X& b, std::index_sequence<L...>) {
   constexpr size_t W = sizeof...(L);
-  X low = __builtin_shufflevector(a, b, (L & S ? W + L - S : L)...);
-  X high = __builtin_shufflevector(a, b, (L & S ? W + L : L + S)...);
+  X low = shuffle<(L & S ? W + L - S : L)...>(a, b);
+  X high = shuffle<(L & S ? W + L : L + S)...>(a, b);
   a = low;
   b = high;
 }
@@ -15,29 +43,108 @@ template <int S, int W, class X> INLINE void transpose_stages(X (&rows)[W]) {
     transpose_stages<S * 2, W>(rows);
   }
 }
-// source [ROWS][COLUMNS] -> target [COLUMNS][ROWS]
-template <int ROWS, int COLUMNS, int W, class T> INLINE void transpose(const T* source, T* __restrict target) {
-  if constexpr (ROWS % W == 0 && COLUMNS % W == 0) {
-    for (int c = 0; c < COLUMNS; c += W)
-      for (int r = 0; r < ROWS; r += W) {
-        V<T, W> rows[W];
+// [ROWS][COLUMNS] -> target [COLUMNS][ROWS], of 32-bit elements; read_at(n) gives W elements from the n-th on
+template <int ROWS, int COLUMNS, int W, class T, class F> INLINE void transpose(F read_at, T* __restrict target) {
+  static_assert(ROWS % W == 0 && COLUMNS % W == 0, "tiles of W x W fill the matrix");
+  for (int c = 0; c < COLUMNS; c += W)
+    for (int r = 0; r < ROWS; r += W) {
+      V<T, W> rows[W];
 #pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) rows[l] = load<T, W>(source + (r + l) * COLUMNS + c);
-        transpose_stages<1, W>(rows);
+      for (int l = 0; l < W; ++l) rows[l] = read_at((r + l) * COLUMNS + c);
+      transpose_stages<1, W>(rows);
 #pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) store(target + (c + l) * ROWS + r, rows[l]);
-      }
-  } else {
-    for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < COLUMNS; ++c) target[c * ROWS + r] = source[r * COLUMNS + c];
-  }
+      for (int l = 0; l < W; ++l) store(target + (c + l) * ROWS + r, rows[l]);
+    }
 }
 
-// ---- matrix product: MB x NB vectors of the result stay in registers while k runs
+// ---- cells: one value of k in the type of the sums (fp32, int32) or, where the machine multiplies two at once, a pair
+// of 16 bits each: that of k in the lower half, that of k + 1 in the upper one
+template <class T, int W> constexpr bool multiplies_pairs() {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  if (std::is_same_v<T, bf16>) return W >= 4;
+#endif
+#if defined(__SSE2__)
+  if (std::is_same_v<T, int8_t>) return W >= 4 && W <= WIDEST;
+#endif
+  return false;
+}
+// operands of type T for vectors of W sums
+template <class T, int W> struct Cells {
+  static constexpr bool WHOLE = std::is_same_v<T, int8_t>, PAIRS = multiplies_pairs<T, W>();
+  static constexpr int GROUP = PAIRS ? 2 : 1;  // values in a cell
+  typedef std::conditional_t<WHOLE, int32_t, float> Sum;
+  typedef std::conditional_t<PAIRS, uint32_t, Sum> Cell;
+  typedef std::conditional_t<PAIRS, std::conditional_t<WHOLE, int16_t, uint16_t>, Sum> Value;
+
+  // N values, as they stand in cells, that follow one another in memory
+  template <int N> INLINE V<Value, N> values(const T* p) {
+    if constexpr (WHOLE) return convert<Value>(load<T, N>(p));
+    else if constexpr (PAIRS) return load<uint16_t, N>(&p->bits);
+    else return load<T, N>(p);
+  }
+  // N cells; the values of a pair follow one another in memory
+  template <int N> INLINE V<Cell, N> adjacent(const T* p) { return (V<Cell, N>)values<N * GROUP>(p); }
+  // N cells with one value each, the lower half of a pair
+  template <int N> INLINE V<Cell, N> single(const T* p) {
+    if constexpr (PAIRS) return convert<Cell>((V<uint16_t, N>)values<N>(p));
+    else return values<N>(p);
+  }
+
+  // Integers wrap around, as sums of products of int32 do; the products of a pair never leave 32 bits. VDPBF16PS adds
+  // the products of a pair one after the other, rounding to the nearest each time, so its sums over K values are like
+  // fp32 ones off by at most (K + 1) 2^-24 (|start| + sum |a b|). Unlike them it takes subnormal operands and results
+  // for zero: up to 2^-126 (1 + |a| + |b|) more for each k. Infinities and NaN come out as in fp32.
+  INLINE V<Sum, W> add_product(V<Sum, W> sum, V<Cell, W> a, V<Cell, W> b) {
+    if constexpr (!PAIRS) return sum + a * b;
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+    else if constexpr (!WHOLE && W == 16) return (V<Sum, W>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    else if constexpr (!WHOLE && W == 8) return (V<Sum, W>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+    else if constexpr (!WHOLE) return (V<Sum, W>)_mm_dpbf16_ps((__m128)sum, (__m128bh)a, (__m128bh)b);
+#endif
+#if defined(__AVX512VNNI__)
+    else if constexpr (W == 16) return (V<Sum, W>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    else if constexpr (W == 16) return sum + (V<Sum, W>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+#if defined(__AVX2__)
+    else if constexpr (W == 8) return sum + (V<Sum, W>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+#if defined(__SSE2__)
+    else if constexpr (W == 4) return sum + (V<Sum, W>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+  }
+};
+
+// source [K][COLUMNS] -> cells [K / GROUP][COLUMNS]; a lone k is paired with zeros
+template <class C, int K, int COLUMNS, class T>
+INLINE void pack_columns(const T* source, typename C::Cell* __restrict target) {
+  constexpr int W = least(WIDEST, COLUMNS);
+  for (int k = 0; k < K; k += C::GROUP)
+    for (int j = 0; j < COLUMNS; j += W) {
+      const T* p = source + k * COLUMNS + j;
+      auto cells = C::template single<W>(p);
+      if constexpr (C::PAIRS && K > 1) cells |= C::template single<W>(p + COLUMNS) << 16;
+      store(target + k / C::GROUP * COLUMNS + j, cells);
+    }
+}
+// source [ROWS][K] -> cells [ROWS][K / GROUP]
+template <class C, int ROWS, int K, class T>
+INLINE void pack_rows(const T* source, typename C::Cell* __restrict target) {
+  constexpr int CELLS = ROWS * K / C::GROUP, W = least(WIDEST, CELLS);
+  for (int n = 0; n < CELLS; n += W) store(target + n, C::template adjacent<W>(source + n * C::GROUP));
+}
+// source [ROWS][K] -> cells [K / GROUP][ROWS]
+template <class C, int ROWS, int K, class T>
+INLINE void pack_transposed(const T* source, typename C::Cell* __restrict target) {
+  constexpr int DEPTH = K / C::GROUP, W = least(WIDEST, least(ROWS, DEPTH));
+  transpose<ROWS, DEPTH, W>([&](int n) { return C::template adjacent<W>(source + n * C::GROUP); }, target);
+}
+
+// ---- the product of cells: MB x NB vectors of sums at a time
 // A(i, k) = a[i * A_ROW + k * A_COLUMN]; B is [K][N]; init(i, j) gives the start, done(i, j, x) takes the result
-template <class T, int MB, int NB, int W, int N, int K, int A_ROW, int A_COLUMN, class I, class D>
+template <class C, int MB, int NB, int W, int N, int K, int A_ROW, int A_COLUMN, class T, class I, class D>
 INLINE void product_tile(const T* a, const T* b, int i0, int j0, I init, D done) {
-  V<T, W> sum[MB][NB];
+  V<typename C::Sum, W> sum[MB][NB];
 #pragma GCC unroll 16
   for (int i = 0; i < MB; ++i)
 #pragma GCC unroll 4
@@ -53,7 +160,7 @@ INLINE void product_tile(const T* a, const T* b, int i0, int j0, I init, D done)
     for (int i = 0; i < MB; ++i) {
       V<T, W> x = broadcast<T, W>(a[i * A_ROW + k * A_COLUMN]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NB; ++j) sum[i][j] += x * row[j];
+      for (int j = 0; j < NB; ++j) sum[i][j] = C::add_product(sum[i][j], x, row[j]);
     }
   }
 #pragma GCC unroll 16
@@ -61,17 +168,39 @@ INLINE void product_tile(const T* a, const T* b, int i0, int j0, I init, D done)
 #pragma GCC unroll 4
     for (int j = 0; j < NB; ++j) done(i0 + i, j0 + j * W, sum[i][j]);
 }
-template <class T, int M, int N, int K, int W, int A_ROW, int A_COLUMN, class I, class D>
-INLINE void product(const T* a, const T* b, I init, D done) {
-  // as many sums as the register file holds beside the operands: 32 registers with AVX-512, 16 elsewhere
-  constexpr int VECTORS = N / W;
-  constexpr bool WIDE = sizeof(T) * W == 64;
-  constexpr int NB = WIDE ? (VECTORS % 4 == 0 ? 4 : VECTORS % 2 == 0 ? 2 : 1) : (VECTORS % 2 == 0 ? 2 : 1);
-  constexpr int MOST = WIDE ? (NB == 4 ? 6 : 12) : (NB == 2 ? 6 : 12);
-  constexpr int MB = MOST < M ? MOST : M;
+template <class C, int M, int N, int K, int W, int A_ROW, int A_COLUMN, class T, class I, class D>
+INLINE void product_of_cells(const T* a, const T* b, I init, D done) {
+  constexpr int NB = least(N / W, MOST_COLUMNS), MB = least(M, SUMS / NB);
   for (int j = 0; j < N; j += NB * W) {
     int i = 0;
-    for (; i + MB <= M; i += MB) product_tile<T, MB, NB, W, N, K, A_ROW, A_COLUMN>(a, b, i, j, init, done);
-    if constexpr (M % MB != 0) product_tile<T, M % MB, NB, W, N, K, A_ROW, A_COLUMN>(a, b, i, j, init, done);
+    for (; i + MB <= M; i += MB) product_tile<C, MB, NB, W, N, K, A_ROW, A_COLUMN>(a, b, i, j, init, done);
+    if constexpr (M % MB != 0) product_tile<C, M % MB, NB, W, N, K, A_ROW, A_COLUMN>(a, b, i, j, init, done);
   }
+}
+
+// ---- C(i, j) = init(i, j) + sum over k of A(i, k) B(k, j)
+// a is [M][K], or [K][M] if it is transposed; b is [K][N], or [N][K]; L and R, of one type: float, f16, bf16 (Acc is
+// float) or int8_t (Acc is int32_t). init(i, j) gives the start of columns j .. j + W - 1, done(i, j, x) takes the
+// result, once for each vector. M, N, K and W are powers of two.
+template <class Acc, int M, int N, int K, int W, class L, bool LEFT_TRANSPOSED, class R, bool RIGHT_TRANSPOSED, class I,
+          class D>
+INLINE void product(const L* a, const R* b, I init, D done) {
+  typedef Cells<L, W> C;
+  typedef typename C::Cell Cell;
+  static_assert(std::is_same_v<L, R> && std::is_same_v<Acc, typename C::Sum>, "both operands and the sums agree");
+  constexpr bool LONE = K < C::GROUP;  // then [K][N] and [N][K] are the same
+  constexpr int DEPTH = LONE ? 1 : K / C::GROUP;
+  // used as it is: fp32 with k anywhere, pairs whose values are neighbours
+  constexpr bool IS_CELLS = sizeof(L) * C::GROUP == sizeof(Cell);
+  constexpr bool KEEPS_LEFT = IS_CELLS && (!C::PAIRS || (!LEFT_TRANSPOSED && !LONE));
+  constexpr bool KEEPS_RIGHT = IS_CELLS && !C::PAIRS && !RIGHT_TRANSPOSED;
+  alignas(64) Cell left[KEEPS_LEFT ? 1 : M * DEPTH], right[KEEPS_RIGHT ? 1 : DEPTH * N];
+  const Cell *x = left, *y = right;
+  if constexpr (KEEPS_LEFT) x = (const Cell*)a;
+  else if constexpr (LEFT_TRANSPOSED || LONE) pack_columns<C, K, M>(a, left);
+  else pack_rows<C, M, K>(a, left);
+  if constexpr (KEEPS_RIGHT) y = (const Cell*)b;
+  else if constexpr (RIGHT_TRANSPOSED && !LONE) pack_transposed<C, N, K>(b, right);
+  else pack_columns<C, K, N>(b, right);
+  product_of_cells<C, M, N, DEPTH, W, LEFT_TRANSPOSED ? 1 : DEPTH, LEFT_TRANSPOSED ? M : 1>(x, y, init, done);
 }

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .formulas import COSTLY, ELEMENTWISE, is_pointer
 from .ttir import Block, Op, Value
 
 Index = tuple[str, ...]  # a loop variable or "0" for each dimension
 
+# a result's element is an operand's element at another index
 VIEWS = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.make_range", "arith.constant"}
-# operations with a formula of their own for each element; emit.py spells them
-ELEMENTWISE = {
-    "arith.addf", "arith.subf", "arith.mulf", "arith.divf", "arith.negf", "arith.maxnumf", "arith.minnumf",
-    "arith.maximumf", "arith.minimumf", "arith.addi", "arith.subi", "arith.muli", "arith.divsi", "arith.remsi",
-    "arith.andi", "arith.ori", "arith.xori", "arith.shli", "arith.shrsi", "arith.maxsi", "arith.minsi",
-    "arith.cmpi", "arith.cmpf", "arith.select", "arith.extsi", "arith.extui", "arith.trunci", "arith.sitofp",
-    "arith.uitofp", "arith.fptosi", "math.exp", "math.exp2", "math.log", "math.log2", "math.sqrt", "math.rsqrt",
-    "math.absf", "math.fma", "tt.addptr",
+# operations of their own index space: they stand where they are, and their results are stored
+_FOLDS = {"tt.reduce", "tt.scan"}
+_OTHER = {"tt.load", "tt.store", "tt.dot", "tt.join", "tt.split", "tt.reshape", "tt.gather", "tt.unsplat"}
+_SCALARS = {"tt.get_program_id", "tt.get_num_programs"}
+_CONTROL = {"scf.for", "scf.if", "scf.while"}
+_SILENT = {"scf.yield", "scf.condition", "tt.return", "tt.reduce.return", "tt.scan.return"}
+COVERED = {*VIEWS, *ELEMENTWISE, *_FOLDS, *_OTHER, *_SCALARS, *_CONTROL, *_SILENT}
+_TAKES_POINTERS = {
+    "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.bitcast", "tt.addptr", "tt.load", "tt.store"
 }  # fmt: skip
-_COSTLY = {"math.exp", "math.exp2", "math.log", "math.log2", "math.sqrt", "math.rsqrt", "arith.divf"}
-_CONTROL = {"scf.for", "scf.if"}
-_SILENT = {"scf.yield", "tt.return", "tt.reduce.return"}
 
 
 def loop_index(shape: tuple[int, ...]) -> Index:
@@ -34,8 +34,12 @@ def loop_index(shape: tuple[int, ...]) -> Index:
     return tuple([f"i{axis}" for axis in range(len(shape) - 1)] + ["j"]) if shape else ()
 
 
-def operand_indices(op: Op, index: Index) -> list[Index]:
-    """The index at which each operand of an inline operation is read for its result at ``index``."""
+def operand_indices(op: Op, index: Index) -> list[Index | None]:
+    """The index at which each operand of an inline operation is read for its result at ``index``; None is anywhere."""
+    if op.name == "tt.split":
+        return [None]
+    if op.name == "tt.gather":
+        return [None, index]
     if op.name == "tt.splat":
         return [()]
     if op.name == "tt.expand_dims":
@@ -54,8 +58,8 @@ def operand_indices(op: Op, index: Index) -> list[Index]:
 
 @dataclass(eq=False)
 class Statement:
-    """Something that happens at its own place: kind is the operation's, or "elementwise" or "transpose" for a stored
-    value. reads: the stored values and scalars it takes, each with the indices (None: the whole value)."""
+    """Something that happens at its own place: kind is the operation's, or "elementwise" for a stored value, or
+    "scalar". reads: the stored values and scalars it takes, each with the indices (None: the whole value)."""
 
     kind: str
     op: Op
@@ -76,7 +80,7 @@ class Group:
 
     @property
     def is_loop(self) -> bool:
-        return self.space is not None and self.statements[0].kind not in ("tt.dot", "transpose")
+        return self.space is not None and self.statements[0].kind != "tt.dot"
 
     def produces(self, value: Value) -> bool:
         return any(value in statement.op.results for statement in self.statements)
@@ -100,10 +104,11 @@ class Schedule:
     # ---- stored or inline
 
     def is_inline(self, value: Value) -> bool:
-        return bool(value.shape) and value.op is not None and value not in self.stored
+        return bool(value.shape) and value.op is not None and value not in self.stored and not is_alias(value)
 
     def _choose_stored(self, block: Block) -> None:
         for op in block.ops:
+            _check_covered(op)
             if op.name in _CONTROL:
                 for region in op.regions:
                     self._choose_stored(region)
@@ -114,30 +119,29 @@ class Schedule:
                     self.stored.add(value)
 
     def _wants_buffer(self, op: Op, value: Value) -> bool:
-        if op.name == "tt.trans" and any(user.name == "tt.dot" and user.operands[1] is value for user in value.users):
-            return True  # the right operand of a product is read by rows
-        if op.name in VIEWS:
-            # the left operand of a product is read in place, through a transposition at most
-            source = op.operands[0] if op.name == "tt.trans" else None
-            feeds_dot = any(user.name == "tt.dot" and value in user.operands[:2] for user in value.users)
-            return feeds_dot and (source is None or self.is_inline(source))
+        if is_alias(value) or is_pointer(value.element):
+            return False
+        readers = [user for user in value.users if _reads_buffer(user, value)]
+        if is_product_transposition(op):  # products read through it
+            readers = [user for user in readers if user.name != "tt.dot"]
+        if readers:
+            return True
+        if op.name == "tt.split" or op.name in VIEWS:
+            return False
         if op.name not in ELEMENTWISE:
             return True
-        if value.element.startswith("!tt.ptr"):
-            return False
-        if any(user.name in ("tt.dot", "tt.trans") and value in user.operands[:2] for user in value.users):
+        if any(user.name in ("scf.yield", "scf.condition") for user in value.users):
             return True
-        if any(user.name == "scf.yield" for user in value.users):
-            return True
-        if not value.element.startswith("f") or not self._is_costly(op):
+        if not self._is_costly(op):
             return False
         spread = any(user.name in ("tt.expand_dims", "tt.broadcast") for user in value.users)
         return spread or len(set(value.users)) > 1
 
     def _is_costly(self, op: Op) -> bool:
-        """Worth a buffer: it computes something from more than constants."""
-        return op.name in _COSTLY or any(
-            x.element.startswith("f") and (x.op is None or x.op.name != "arith.constant") for x in op.operands
+        """Worth a buffer: an expensive operation, or floats that are computed from more than constants."""
+        return op.name in COSTLY or (
+            op.result.element in ("f16", "bf16", "f32")
+            and any(_is_float(x) and (x.op is None or x.op.name != "arith.constant") for x in op.operands)
         )
 
     # ---- statements and what they read
@@ -150,6 +154,8 @@ class Schedule:
             indices = [None] * len(op.operands) if index is None else operand_indices(op, index)
             for operand, at in zip(op.operands, indices, strict=True):
                 self.leaves(operand, at if operand.shape else (), into)
+        elif is_alias(value):
+            into.setdefault(root(value), set()).add(None)
         else:
             into.setdefault(value, set()).add(index if value.shape else ())
 
@@ -165,14 +171,14 @@ class Schedule:
             for operand in op.operands:
                 self.leaves(operand, loop_index(space) if operand.shape else (), reads)
             return Statement(op.name, op, space or None, reads)
-        if op.name == "tt.reduce":
+        if op.name in _FOLDS or op.name == "tt.join":
             space = op.operands[0].shape
-            for operand in op.operands:
-                self.leaves(operand, loop_index(space), reads)
+            for operand in [*op.operands, *captured(op)]:
+                self.leaves(operand, loop_index(space) if operand.shape else (), reads)
             return Statement(op.name, op, space, reads)
         if op.name == "tt.dot":
             for operand in op.operands[:2]:
-                self.leaves(operand, None, reads)
+                self.leaves(product_operand(operand)[0], None, reads)
             self.leaves(op.operands[2], loop_index(op.result.shape), reads)
             return Statement(op.name, op, op.result.shape, reads)
         if not op.results:
@@ -182,15 +188,10 @@ class Schedule:
             if op.name == "arith.constant":
                 return None
             for operand in op.operands:
-                self.leaves(operand, (), reads)
+                self.leaves(operand, None if operand.shape else (), reads)
             return Statement("scalar", op, None, reads)
         if value not in self.stored:
             return None
-        if op.name == "tt.trans" and not self.is_inline(op.operands[0]):
-            reads[op.operands[0]] = {None}
-            return Statement("transpose", op, value.shape, reads)
-        if op.name not in ELEMENTWISE and op.name not in VIEWS:
-            raise op.unsupported("no lowering")
         for operand, at in zip(op.operands, operand_indices(op, loop_index(value.shape)), strict=True):
             self.leaves(operand, at, reads)
         return Statement("elementwise", op, value.shape, reads)
@@ -200,10 +201,7 @@ class Schedule:
             self.leaves(operand, None, reads)
         for region in op.regions:
             for inner in region.ops:
-                if inner.name in _CONTROL:
-                    self._read_all(inner, reads)
-                for operand in inner.operands:
-                    self.leaves(operand, None, reads)
+                self._read_all(inner, reads)
 
     # ---- fusion
 
@@ -224,7 +222,7 @@ class Schedule:
         self._elide(block, groups)
 
     def _group_to_join(self, groups: list[Group], statement: Statement) -> Group | None:
-        if statement.kind not in ("elementwise", "tt.reduce", "tt.load", "tt.store") or statement.space is None:
+        if statement.kind not in ("elementwise", "tt.reduce", "tt.join", "tt.load", "tt.store") or not statement.space:
             return None
         for group in reversed(groups):
             if group.space == statement.space and self._may_join(group, statement):
@@ -238,7 +236,7 @@ class Schedule:
         if kinds[0] == "tt.dot":
             if statement.kind != "elementwise":
                 return False
-        elif not group.is_loop:
+        elif not group.is_loop or "tt.scan" in kinds:
             return False
         # one loop would interleave a store with other accesses, which may overlap with it
         touches_memory = "tt.store" in kinds or "tt.load" in kinds
@@ -247,7 +245,7 @@ class Schedule:
         here = loop_index(statement.space or ())
         for value, indices in statement.reads.items():
             for member in group.statements:
-                if value in member.op.results and (member.kind == "tt.reduce" or indices != {here}):
+                if value in member.op.results and (member.kind in ("tt.reduce", "tt.join") or indices != {here}):
                     return False
         return True
 
@@ -318,3 +316,63 @@ class Schedule:
                     return False
             seen = seen or writes
         return True
+
+
+# ---- what an operation takes and gives
+
+
+def is_alias(value: Value) -> bool:
+    """A reshaped value: it has the buffer of what it was made of, which is row-major like all of them."""
+    return value.op is not None and value.op.name == "tt.reshape"
+
+
+def root(value: Value) -> Value:
+    """The value whose buffer ``value`` has."""
+    while is_alias(value):
+        assert value.op is not None
+        value = value.op.operands[0]
+    return value
+
+
+def is_product_transposition(op: Op) -> bool:
+    """A transposition of the last two dimensions: products read such operands as they are."""
+    if op.name != "tt.trans":
+        return False
+    order = op.numbers("order")
+    return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+
+
+def product_operand(value: Value) -> tuple[Value, bool]:
+    """What a product reads for its operand, and whether transposed."""
+    if value.op is not None and is_product_transposition(value.op):
+        return value.op.operands[0], True
+    return value, False
+
+
+def captured(op: Op) -> list[Value]:
+    """What the combining region of a reduction or scan takes from outside."""
+    inner = [] if not op.regions else op.regions[0].ops
+    inside = {id(value) for region in op.regions for value in region.args} | {id(x) for y in inner for x in y.results}
+    return [x for y in inner for x in y.operands if id(x) not in inside]
+
+
+def _is_float(value: Value) -> bool:
+    return value.element in ("f16", "bf16", "f32")
+
+
+def _reads_buffer(user: Op, value: Value) -> bool:
+    """Whether ``user`` reads ``value`` from memory, in an order of its own."""
+    if user.name == "tt.dot":
+        return value in user.operands[:2]
+    if user.name == "tt.gather":
+        return value is user.operands[0]
+    if is_product_transposition(user):
+        return any(_reads_buffer(other, user.result) for other in user.result.users)
+    return user.name in ("tt.reshape", "tt.split", "tt.unsplat")
+
+
+def _check_covered(op: Op) -> None:
+    if op.name not in COVERED:
+        raise op.unsupported("no lowering")
+    if op.name not in _TAKES_POINTERS and any(x.shape and is_pointer(x.element) for x in [*op.operands, *op.results]):
+        raise op.unsupported("a tile of pointers that is not a base plus offsets at its loads and stores")

@@ -47,11 +47,13 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """An operation. ``text``: what stands between its name and its types; ``place``: the kernel's file and line."""
+    """An operation. ``text``: what stands between its name and its types, with each quoted string as ``""`` and its
+    contents in ``strings``; ``place``: the kernel's file and line."""
 
     name: str
     operands: list[Value]
     text: str = ""
+    strings: list[str] = field(default_factory=list)
     place: str = "?"
     results: list[Value] = field(default_factory=list)
     regions: list[Block] = field(default_factory=list)
@@ -91,6 +93,10 @@ class Function:
     body: Block
 
 
+# how the bits of a float constant are read, and the bits that a bf16 lacks to be an fp32
+_FLOAT_BITS = {"f16": (">e", ""), "bf16": (">f", "0000"), "f32": (">f", ""), "f64": (">d", "")}
+
+
 def parse_type(text: str) -> Type:
     text = text.strip()
     match = re.fullmatch(r"tensor<((?:\d+x)+)(.*)>", text)
@@ -122,9 +128,10 @@ def constant_number(op: Op) -> bool | int | float:
     if text in ("true", "false"):
         return text == "true"
     element = op.result.element
-    if element in ("f32", "f64"):
+    if element in _FLOAT_BITS:
         if text.startswith("0x"):  # NaN and infinities are printed as bits
-            return struct.unpack(">f" if element == "f32" else ">d", bytes.fromhex(text[2:]))[0]
+            code, missing = _FLOAT_BITS[element]
+            return struct.unpack(code, bytes.fromhex(text[2:] + missing))[0]
         return float(text)
     if re.fullmatch(r"-?\d+", text) is None:
         raise op.unsupported(f"constant {text[:40]}")
@@ -191,8 +198,7 @@ class _Parser:
         return self.places.get(match[1], "?") if match else "?"
 
     def op(self, line: str, place: str) -> Op:
-        match = re.match(r"(%[\w$.-]+)(?::(\d+))? = (.*)$", line)
-        result, count, rest = (match[1], int(match[2] or 1), match[3]) if match else ("", 0, line)
+        names, rest = _result_names(line)
         match = re.match(r'"?([\w.]+)"?\s*(.*)$', rest)
         if match is None:
             raise Unsupported(f"unknown line in Triton's IR: {line[:80]}")
@@ -201,8 +207,12 @@ class _Parser:
             op, types = self.loop(rest)
         elif name == "scf.if":
             op, types = self.branch(rest)
-        elif name == "tt.reduce":
-            op, types = self.reduce(rest)
+        elif name == "scf.while":
+            op, types = self.while_loop(rest)
+        elif name in ("tt.reduce", "tt.scan"):
+            op, types = self.fold(name, rest)
+        elif name.startswith("cf."):
+            raise Unsupported(f"the CPU engine does not cover {name} at {place}: a return before the kernel's end")
         elif rest.endswith("{") or rest.endswith("({"):
             raise Unsupported(f"the CPU engine does not cover {name} at {place}")
         else:
@@ -210,12 +220,12 @@ class _Parser:
         op.place = self.closing_place if op.regions else place
         for operand in op.operands:
             operand.users.append(op)
-        if result and len(types) != count:
+        if name == "tt.split" and len(types) == 1:  # one type is printed for both halves
+            types = types * 2
+        if names and len(types) != len(names):
             raise Unsupported(f"the CPU engine does not cover {name} at {place}: its result types")
-        for at, kind in enumerate(types if result else []):
-            value = Value(kind, op)
-            op.results.append(value)
-            self.values[result if count == 1 else f"{result}#{at}"] = value
+        for result, kind in zip(names, types if names else [], strict=True):
+            op.results.append(self.define(result, Value(kind, op)))
         return op
 
     def operand(self, name: str) -> Value:
@@ -224,10 +234,12 @@ class _Parser:
         return self.values[name]
 
     def plain(self, name: str, rest: str) -> tuple[Op, list[Type]]:
+        strings = re.findall(r'"([^"]*)"', rest)
+        rest = re.sub(r'"[^"]*"', '""', rest)
         parts = split(rest, " : ")
         text, types = (" : ".join(parts[:-1]), parts[-1]) if len(parts) > 1 else (rest, "")
         outside = re.sub(r"\{.*\}", "", text)
-        op = Op(name, [self.operand(x) for x in re.findall(r"%[\w$.-]+(?:#\d+)?", outside)], text.strip())
+        op = Op(name, [self.operand(x) for x in re.findall(r"%[\w$.-]+(?:#\d+)?", outside)], text.strip(), strings)
         if not types:  # "arith.constant true" prints no type
             return op, [Type((), "i1")]
         if arrow := split(types, " -> ")[1:]:
@@ -267,14 +279,41 @@ class _Parser:
             op.regions.append(self.block())
         return op, [parse_type(part) for part in split(match[2] or "")]
 
-    def reduce(self, rest: str) -> tuple[Op, list[Type]]:
+    def while_loop(self, rest: str) -> tuple[Op, list[Type]]:
+        """Its regions are what is done before the condition, which ends in ``scf.condition``, and the body."""
+        match = re.match(r"(?:\((.*?)\) )?: \((.*)\) -> (.*) \{$", rest)
+        if match is None:
+            raise Unsupported(f"unknown form of scf.while: {rest[:80]}")
+        names = [part.split(" = ") for part in split(match[1] or "")]
+        types = [parse_type(part) for part in split(match[2])]
+        op = Op("scf.while", [self.operand(x) for _, x in names])
+        args = [self.define(name, Value(kind)) for (name, _), kind in zip(names, types, strict=True)]
+        before = self.block()
+        before.args = args
+        op.regions += [before, self.block()]
+        return op, [parse_type(part) for part in split(match[3].removeprefix("(").removesuffix(")"))]
+
+    def fold(self, name: str, rest: str) -> tuple[Op, list[Type]]:
+        """A reduction or a scan, with the region that combines two elements."""
         match = re.match(r"\((.*?)\) <\{(.*?)\}> \(\{$", rest)
         if match is None:
-            raise Unsupported(f"unknown form of tt.reduce: {rest[:80]}")
-        op = Op("tt.reduce", [self.operand(x) for x in split(match[1])], match[2])
+            raise Unsupported(f"unknown form of {name}: {rest[:80]}")
+        op = Op(name, [self.operand(x) for x in split(match[1])], match[2])
         op.regions.append(self.block())
-        types = self.closing.rsplit(" -> ", 1)[-1].strip("()")
+        types = self.closing.rsplit(" -> ", 1)[-1].removeprefix("(").removesuffix(")")
         return op, [parse_type(part) for part in split(types)]
+
+
+def _result_names(line: str) -> tuple[list[str], str]:
+    """The names on the left of ``%a = ...``, ``%a, %b = ...`` or ``%a:2 = ...`` (``%a#0, %a#1``), and the rest."""
+    match = re.match(r"((?:%[\w$.-]+(?::\d+)?(?:, )?)+) = (.*)$", line)
+    if match is None:
+        return [], line
+    names: list[str] = []
+    for part in match[1].split(", "):
+        name, _, count = part.partition(":")
+        names += [f"{name}#{at}" for at in range(int(count))] if count else [name]
+    return names, match[2]
 
 
 def _without_locations(line: str) -> str:

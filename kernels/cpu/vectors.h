@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #if defined(__AVX512F__)
@@ -25,10 +26,25 @@ template <class T, int W> INLINE V<T, W> iota() {
   for (int l = 0; l < W; ++l) r[l] = (T)l;
   return r;
 }
-template <class T, class X> INLINE auto convert(X x) { return __builtin_convertvector(x, V<T, lanes<X>()>); }
+template <class T, class X> INLINE auto convert(X x) {
+#if defined(__AVX512F__)
+  // compilers take some of these apart lane by lane
+  typedef lane_t<X> F;
+  typedef V<T, lanes<X>()> R;
+  if constexpr (lanes<X>() == 16 && std::is_integral_v<F> && std::is_integral_v<T>) {
+    if constexpr (sizeof(F) == 4 && sizeof(T) == 1) return (R)_mm512_cvtepi32_epi8((__m512i)x);
+    if constexpr (sizeof(F) == 4 && sizeof(T) == 2) return (R)_mm512_cvtepi32_epi16((__m512i)x);
+    if constexpr (std::is_same_v<F, int8_t> && sizeof(T) == 4) return (R)_mm512_cvtepi8_epi32((__m128i)x);
+    if constexpr (std::is_same_v<F, uint8_t> && sizeof(T) == 4) return (R)_mm512_cvtepu8_epi32((__m128i)x);
+    if constexpr (std::is_same_v<F, int16_t> && sizeof(T) == 4) return (R)_mm512_cvtepi16_epi32((__m256i)x);
+    if constexpr (std::is_same_v<F, uint16_t> && sizeof(T) == 4) return (R)_mm512_cvtepu16_epi32((__m256i)x);
+  }
+#endif
+  return __builtin_convertvector(x, V<T, lanes<X>()>);
+}
 
 // ---- masks and selection
-template <class X> INLINE auto as_mask(X x) { return __builtin_convertvector(x, Mask<lanes<X>()>); }
+template <class X> INLINE auto as_mask(X x) { return convert<int32_t>(x); }
 template <int W> INLINE bool all(Mask<W> m) {
 #if defined(__AVX512DQ__)
   if constexpr (W == 16) return _mm512_movepi32_mask((__m512i)m) == 0xffff;
@@ -46,47 +62,25 @@ template <class M, class A> INLINE A select(M m, A a, A b) {
   }
 }
 
-// ---- memory
-template <class T, int W> INLINE V<T, W> load(const T* p) { V<T, W> r; memcpy(&r, p, sizeof r); return r; }
-template <class T, class X> INLINE void store(T* p, X x) { memcpy(p, &x, sizeof x); }
-template <class T, int W> INLINE V<T, W> load_strided(const T* p, int64_t stride) {
-  V<T, W> r;
-  for (int l = 0; l < W; ++l) r[l] = p[l * stride];
+// ---- folding the lanes of vectors into lane 0: f(a..., b...) combines b into a, on vectors of any width
+template <class X> INLINE auto low_half(X x) {
+  V<lane_t<X>, lanes<X>() / 2> r;
+  memcpy(&r, &x, sizeof r);
   return r;
 }
-// at(l): the address of lane l, asked for only where the mask is set
-template <class T, int W, class F> INLINE V<T, W> load_lanes(Mask<W> m, V<T, W> other, F at) {
-  for (int l = 0; l < W; ++l) if (m[l]) other[l] = *at(l);
-  return other;
+template <class X> INLINE auto high_half(X x) {
+  V<lane_t<X>, lanes<X>() / 2> r;
+  memcpy(&r, (const char*)&x + sizeof r, sizeof r);
+  return r;
 }
-template <class T, int W, class F> INLINE void store_lanes(Mask<W> m, V<T, W> x, F at) {
-  for (int l = 0; l < W; ++l) if (m[l]) *at(l) = x[l];
-}
-template <class T, int W> INLINE V<T, W> load_masked(const T* p, Mask<W> m, V<T, W> other) {
-#if defined(__AVX512DQ__)
-  if constexpr (W == 16 && sizeof(T) == 4) {
-    return (V<T, W>)_mm512_mask_loadu_epi32((__m512i)other, _mm512_movepi32_mask((__m512i)m), p);
-  }
-#endif
-  return load_lanes<T, W>(m, other, [&](int l) { return p + l; });
-}
-template <class T, int W> INLINE void store_masked(T* p, Mask<W> m, V<T, W> x) {
-#if defined(__AVX512DQ__)
-  if constexpr (W == 16 && sizeof(T) == 4) {
-    _mm512_mask_storeu_epi32(p, _mm512_movepi32_mask((__m512i)m), (__m512i)x);
-    return;
-  }
-#endif
-  store_lanes<T, W>(m, x, [&](int l) { return p + l; });
-}
-
-// ---- reduction over the lanes of one vector
-template <class T, int W, class F> INLINE T reduce(V<T, W> x, F f) {
-  if constexpr (W == 1) return x[0];
-  else {
-    V<T, W / 2> a, b;
-    memcpy(&a, &x, sizeof a);
-    memcpy(&b, (const char*)&x + sizeof a, sizeof b);
-    return reduce<T, W / 2>((V<T, W / 2>)f(a, b), f);
+template <class F, class A, class... B> INLINE void fold_lanes(F f, A& a, B&... b) {
+  if constexpr (lanes<A>() > 1) {
+    std::tuple low{low_half(a), low_half(b)...};
+    std::apply([&](auto& x, auto&... y) {
+      f(x, y..., high_half(a), high_half(b)...);
+      fold_lanes(f, x, y...);
+      a[0] = x[0];
+      ((b[0] = y[0]), ...);
+    }, low);
   }
 }

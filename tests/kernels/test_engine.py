@@ -302,8 +302,10 @@ def atomic_kernel(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def argmax_kernel(x, y, BLOCK: tl.constexpr):
-    tl.store(y, tl.argmax(tl.load(x + tl.arange(0, BLOCK)), 0))
+def early_return_kernel(x, n, BLOCK: tl.constexpr):
+    if n > 3:
+        return
+    tl.store(x + tl.arange(0, BLOCK), 1.0)
 
 
 @needs_compiler
@@ -311,10 +313,10 @@ def test_what_is_not_covered_is_an_error_that_names_the_operation_and_the_line()
     x = torch.zeros(16)
     with pytest.raises(Unsupported, match=r"tt\.atomic_rmw at test_engine\.py:\d+"):
         launch(atomic_kernel, (1,), x=x, BLOCK=16)
-    with pytest.raises(Unsupported, match=r"tt\.reduce at \w+\.py:\d+"):
-        launch(argmax_kernel, (1,), x=x, y=torch.zeros(1, dtype=torch.int32), BLOCK=16)
-    with pytest.raises(Unsupported, match="f16"):
-        launch(copy_kernel, (1,), x=x.half(), y=x.half(), n=16, stride=1, other=0.0, BLOCK=16)
+    with pytest.raises(Unsupported, match=r"cf\.cond_br at test_engine\.py:\d+"):
+        launch(early_return_kernel, (1,), x=x, n=2, BLOCK=16)
+    with pytest.raises(Unsupported, match="f64"):
+        launch(copy_kernel, (1,), x=x.double(), y=x.double(), n=16, stride=1, other=0.0, BLOCK=16)
     assert (x == 0).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,20 +90,26 @@ def test_is_as_accurate_as_plain_pytorch(case: Case, impl: str) -> None:
         assert_as_accurate(a, p, e, name)
 
 
+HALF_CASES = [
+    "B2-H4-Hkv2-N67-S53 look back, with padding", "N77-D40-Dv24", "N150-D64 blocks of 75", "N9-D1-Dv3 one round"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", HALF_CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.filterwarnings("ignore:fastattn runs block attention by its PyTorch definition")
-def test_half_inputs_are_accurate_to_their_own_rounding(dtype: torch.dtype) -> None:
-    case = Case(options={"look_back": 1})
+def test_half_inputs_are_accurate_to_their_own_rounding(dtype: torch.dtype, name: str, impl: str) -> None:
+    case = CASES[name]
     inputs = leaves(*case.inputs(dtype))
-    out, lse = block_attention(*inputs, *case.indices(), look_back=1)
+    out, lse = block_attention(*inputs, *case.indices(), **options_of(case), impl=impl)
     assert out.dtype == dtype and lse.dtype == torch.float32
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     actual = gradients(out, inputs, dout)
     plain, exact = (defined(case, d, inputs, dout) for d in (dtype, torch.float64))
-    for name, a, p, e in zip(
+    for what, a, p, e in zip(
         ("out", "dq", "dk", "dv"), (out, *actual), (plain[0], *plain[2:]), (exact[0], *exact[2:]), strict=True
     ):
-        assert_as_accurate(a, p, e, name)
+        assert_as_accurate(a, p, e, what)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -259,30 +266,33 @@ class TestChoiceOfImplementation:
         with pytest.raises(Unsupported, match="moon"):
             block_attention(*case.inputs(), *case.indices(), impl="triton")
 
+    @needs_compiler
     def test_tuned_configurations_reach_the_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = {}
+        from fastattn.kernels import block_attention as kernels
+
+        asked: dict[str, Any] = {}
+        launched: dict[str, Config] = {}
         tuned = Config({"BLOCK_M": 16, "BLOCK_N": 32})
+        real = kernels.launches_of
 
         def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape: Any, flags: Any) -> Config | None:
-            seen[kernel] = (device.type, dtype, shape, flags)
+            asked[kernel] = (device.type, dtype, shape, flags)
             return tuned if kernel != "block_attention_backward_dq" else None
 
-        def forward(q: Tensor, *args: Any, config: Any, **options: Any) -> tuple[Tensor, Tensor]:
-            seen["forward"] = config
-            return torch.zeros_like(q), torch.zeros(q.shape[:3])
-
-        def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, config: Any, **options: Any) -> Any:
-            seen["backward"] = config
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        def launches_of(kernel: str, *args: Any) -> Iterator[Any]:
+            for launch in real(kernel, *args):
+                launched[kernel] = launch.config
+                yield launch
 
         monkeypatch.setattr(op, "lookup", lookup)
-        monkeypatch.setattr(op, "_kernel", lambda: SimpleNamespace(forward=forward, backward=backward))
+        monkeypatch.setattr(op, "stamp", lambda: "of this test")
+        monkeypatch.setattr(kernels, "launches_of", launches_of)
         case = Case(c_k=20)
-        out, _ = block_attention(*leaves(*case.inputs()), *case.indices(), look_back=1)
+        out, _ = block_attention(*leaves(*case.inputs()), *case.indices(), look_back=1, impl="triton")
         out.sum().backward()
-        assert seen["forward"] == {"block_attention_forward": tuned}
-        assert seen["backward"] == {"block_attention_backward_dkv": tuned}
-        device, dtype, shape, flags = seen["block_attention_forward"]
+        heuristic = kernels.heuristic("block_attention_backward_dq", "cpu", 16, 20, 16)
+        assert launched == {name: heuristic if name.endswith("dq") else tuned for name in kernels.KERNELS}
+        device, dtype, shape, flags = asked["block_attention_forward"]
         assert (device, dtype) == ("cpu", torch.float32)
         assert shape == {
             "batch": 1, "heads": 2, "rounds": 2, "n_blocks": 3, "c_q": 16, "c_k": 20, "head_dim": 16, "value_dim": 16,
