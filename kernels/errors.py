@@ -1,4 +1,4 @@
-"""The one error by which a kernel says that it can't run here."""
+"""The errors by which a kernel says that it can't run here."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class Unsupported(RuntimeError):
 
     Callers answer with the reference definition: the result is right, only slower.
     """
+
+
+class UnsupportedNow(Unsupported):
+    """It can't now, but it may in a while: the disk is full, the compiler was killed or took too long."""

@@ -15,8 +15,8 @@ CACHE_DIR_VARIABLE = "FASTATTN_CACHE_DIR"
 class Settings:
     """Read from the environment at each call of :func:`settings`, so that tests and users may change it late.
 
-    cache_dir: the folder of every cache (built CPU kernels in ``cpu/``, tuned configurations in ``tune/``);
-        ``FASTATTN_CACHE_DIR``, or the platform's user cache folder.
+    cache_dir: the folder of every cache (built CPU kernels in ``cpu/``, up to 512 MiB, tuned configurations in
+        ``tune/``); ``FASTATTN_CACHE_DIR``, or the platform's user cache folder.
     """
 
     cache_dir: Path

@@ -44,8 +44,8 @@ def command(
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         jobs = [
             Sizes(length=length, cluster_size=size, head_dim=dim, value_dim=dim, heads=heads)
-            for dim in _integers("head_dim", head_dim)
-            for size in _integers("cluster_size", cluster_size)
+            for dim in integers("head_dim", head_dim)
+            for size in integers("cluster_size", cluster_size)
         ]
         outcomes = tune_block_attention(jobs, seconds, kernel=kernel, dtype=dtype, console=console)
     except (ValueError, Unsupported, TimeoutError, OSError) as error:
@@ -128,7 +128,8 @@ def parse_budget(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _integers(name: str, text: str) -> list[int]:
+def integers(name: str, text: str) -> list[int]:
+    """The numbers of an option such as ``64,128``. Raises ValueError, which names the option, for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} must be positive integers with commas between them, got {text!r}")
