@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.autotune.choice import lookup
 from fastattn.autotune.tune import Problem, Tensors
 from fastattn.kernels import block_attention as kernels
 from fastattn.kernels.config import Config, TuningSpace
-from fastattn.kernels.launch import run
+from fastattn.kernels.launch import Launch, run
 
 PATTERN = kernels.Pattern()  # SMYRF's: each block meets its own block of keys
 # (q, k, v, q_index, k_index, *, scale) -> (out, lse), differentiable, in the inputs' dtype
@@ -115,6 +117,37 @@ def candidates(kernel: str, device_type: str, sizes: Sizes, element_size: int = 
     space: TuningSpace = kernels.TUNING[kernel]
     fitting = [c for c in space.configs(device_type) if max(c.blocks.values()) <= largest and c != first]
     return [first, *sorted(fitting, key=lambda config: (_doublings(first, config), sorted(config.blocks.items())))]
+
+
+def launches_ahead(
+    dtype: torch.dtype, head_dim: int, cluster_size: int, *, every_pattern: bool = False
+) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of all that calls on the CPU run, for who wants it built before: on tensors without memory.
+
+    Tiles are those of the kernels' heuristic, and the tuned ones where there are some. every_pattern: also what causal
+    calls, calls without a query's own key and calls without wrapping run, and not only SMYRF.
+    """
+    sizes = Sizes(length=max(4096, cluster_size), cluster_size=cluster_size, head_dim=head_dim, value_dim=head_dim)
+    booleans = (False, True)
+    patterns = [PATTERN]
+    if every_pattern:
+        patterns = [
+            kernels.Pattern(wrap=not unwrapped, is_causal=is_causal, exclude_self=exclude_self)
+            for unwrapped, is_causal, exclude_self in product(booleans, repeat=3)
+        ]
+    for kernel, pattern in product(kernels.KERNELS, patterns):
+        first = kernels.heuristic(kernel, "cpu", cluster_size, cluster_size, head_dim, dtype.itemsize)
+        tuned = lookup(kernel, torch.device("cpu"), dtype, sizes.shape(), vars(pattern))
+        flags = "".join(f", {name}" for name in ("is_causal", "exclude_self") if getattr(pattern, name))
+        flags += "" if pattern.wrap else ", no wrap"
+        for config in dict.fromkeys([first] if tuned is None else [first, tuned]):
+            tile = " x ".join(str(size) for size in config.blocks.values())
+            for is_first in (True, False):
+                launch = kernels.example_launch(
+                    kernel, dtype, head_dim=head_dim, c_q=cluster_size, c_k=cluster_size, device_type="cpu",
+                    pattern=pattern, config=config, first=is_first,
+                )  # fmt: skip
+                yield f"{kernel}, tile {tile}, {'first round' if is_first else 'later rounds'}{flags}", launch
 
 
 def _kind(device: torch.device) -> str:

@@ -22,7 +22,7 @@ _answers: dict[tuple[Any, ...], Config | None] = {}
 _MOST_ANSWERS = 4096  # shapes may differ at every call
 _entries: dict[tuple[str | None, str, str], list[Entry]] = {}
 _lock = threading.Lock()
-_generation = 0
+_generation = 0  # of the files that answers came from; forget() begins a new one
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ def lookup(
     selects other code. Give names in one order. The cache's files are read once for a kernel; what other processes
     write later is seen after :func:`forget`.
     """
-    call = (
-        kernel, device, dtype, *shape.items(), *flags.items(),
-        torch.get_num_threads(), os.environ.get(CACHE_DIR_VARIABLE),
-    )  # fmt: skip
+    call = (kernel, device, dtype, *shape.items(), *flags.items(), stamp())
     try:
         return _answers[call]
     except KeyError:
         pass
-    generation = _generation
     config = explain(kernel, device, dtype, shape, flags).config
     with _lock:
-        if generation == _generation:  # else the answer is older than what forget() asked for
-            if len(_answers) >= _MOST_ANSWERS:
-                _answers.clear()
-            _answers[call] = config
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[call] = config
     return config
+
+
+def stamp() -> tuple[object, ...]:
+    """Changes whenever :func:`lookup` may answer a question differently: who keeps its answers keeps this with them."""
+    return _generation, torch.get_num_threads(), os.environ.get(CACHE_DIR_VARIABLE)
 
 
 def explain(

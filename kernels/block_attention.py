@@ -9,15 +9,16 @@ for dq and one for dk, dv. Index blocks partition the rows of a round, so each r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
-from .launch import Launch, dot_precision, run
+from .launch import Launch, dot_precision, run_planned
 
 LOG2_E = math.log2(math.e)
 
@@ -325,14 +326,19 @@ class Pattern:
     exclude_self: bool = False
 
 
+# (kernel, device, dtype, shape, flags) -> the tuned configuration, or None: then the heuristic's is taken
+Lookup = Callable[[str, torch.device, torch.dtype, Mapping[str, int], Mapping[str, Any]], Config | None]
+
+
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def launches_of(
     kernel: str, tensors: Mapping[str, torch.Tensor], pattern: Pattern, scale: float, config: Mapping[str, Config]
 ) -> Iterator[Launch]:
-    """One launch a round of ``kernel`` on ``tensors``, named as the kernel's pointer arguments without ``_ptr``."""
+    """One launch a round of ``kernel`` on ``tensors``, named as the kernel's pointer arguments without ``_ptr``; there
+    may be more than it takes."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     batch, heads, n_queries, head_dim = q.shape
     n_keys, value_dim = v.shape[2:]
@@ -341,70 +347,93 @@ def launches_of(
     chosen = config.get(kernel) or heuristic(
         kernel, "hip" if torch.version.hip and q.is_cuda else q.device.type, c_q, c_k, head_dim, q.element_size()
     )
-    is_dkv = kernel == "block_attention_backward_dkv"
-    args = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    args: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         args |= dict(zip((f"{name}_stride_{axis}" for axis in "bhn"), tensor.stride(), strict=False))
-    args |= {"n_heads": heads, "group_size": heads // k.shape[1], "n_queries": n_queries}
-    args |= {"n_keys": n_keys} if is_dkv else {}
-    args |= {"n_rounds": n_rounds, "n_blocks": n_blocks, "c_q": c_q, "c_k": c_k, "round_id": 0}
+    args |= {"n_heads": heads, "group_size": heads // k.shape[1], "n_queries": n_queries, "n_keys": n_keys}
+    args |= {"n_rounds": n_rounds, "n_blocks": n_blocks, "c_q": c_q, "c_k": c_k}
     args |= {"look_back": pattern.look_back, "look_ahead": pattern.look_ahead}
-    args |= {"scale_log2": scale * LOG2_E} if kernel == "block_attention_forward" else {"scale": scale}
+    args |= {"scale": scale, "scale_log2": scale * LOG2_E}
     args |= {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
     args |= {"BLOCK_D": max(16, next_power_of_2(head_dim))}  # 16: the least that tl.dot takes
     args |= {"BLOCK_DV": max(16, next_power_of_2(value_dim))}
     args |= {"IS_CAUSAL": pattern.is_causal, "EXCLUDE_SELF": pattern.exclude_self, "WRAP": pattern.wrap}
-    args |= {"IS_FIRST": True, "PRECISION": dot_precision(q.dtype)}
+    args |= {"PRECISION": dot_precision(q.dtype)}
+    args = {name: args[name] for name in KERNELS[kernel].arg_names if name in args}
+    is_dkv = kernel == "block_attention_backward_dkv"
     size, tile = (c_k, chosen.blocks["BLOCK_N"]) if is_dkv else (c_q, chosen.blocks["BLOCK_M"])
     grid = (batch * heads * n_blocks * cdiv(size, tile),)
+    rows = {"q_index_ptr": n_queries, "k_index_ptr": n_keys}
     for round_id in range(n_rounds):
-        yield Launch(KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen)
+        yield Launch(KERNELS[kernel], grid, args | {"round_id": round_id, "IS_FIRST": round_id == 0}, chosen, rows)
+
+
+def _run(
+    kernels: tuple[str, ...], tensors: dict[str, torch.Tensor], made: int, flags: tuple[Any, ...], scale: float,
+    lookup: Lookup | None, stamp: Hashable,
+) -> None:  # fmt: skip
+    """All rounds of each of ``kernels``, one kernel after the other; see ``run_planned`` for ``made``."""
+
+    def launches() -> Iterator[Launch]:
+        q, pattern = tensors["q"], Pattern(*flags)
+        batch, heads, rounds, n_blocks, c_q = tensors["q_index"].shape
+        shape = {"batch": batch, "heads": heads, "rounds": rounds, "n_blocks": n_blocks, "c_q": c_q}
+        shape |= {"c_k": tensors["k_index"].shape[4], "head_dim": q.shape[3], "value_dim": tensors["v"].shape[3]}
+        for kernel in kernels:
+            config = lookup(kernel, q.device, q.dtype, shape, vars(pattern)) if lookup else None
+            yield from launches_of(kernel, tensors, pattern, scale, {kernel: config} if config else {})
+
+    run_planned((kernels, flags, scale, torch.get_float32_matmul_precision(), stamp), tensors, launches, made=made)
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor, *,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor, scale: float,
     look_back: int = 0, look_ahead: int = 0, wrap: bool = True, is_causal: bool = False, exclude_self: bool = False,
-    scale: float, config: Mapping[str, Config] | None = None,
+    lookup: Lookup | None = None, stamp: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, lse) of block attention; the arguments are checked by ``fastattn.ops.block_attention``.
+    """(out, lse) of block attention; the arguments but for the index values are checked by
+    ``fastattn.ops.block_attention``.
 
     q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); q_index (B, H, R, nb, Cq), k_index (B, H, R, nb, Ck), int32
     and contiguous, -1 is padding. Block c of round r meets the key blocks c - look_back .. c + look_ahead, numbered on
     over the rounds and round the end with ``wrap``, cut off at the round's ends without. A causal query meets keys at
-    its own row or before; ``exclude_self`` leaves out its own. Returns out (B, H, N, Dv) in q's dtype and lse (B, H, N)
-    in fp32; a row that meets no key has 0 and -inf. Raises :class:`~fastattn.kernels.errors.Unsupported`.
+    its own row or before; ``exclude_self`` leaves out its own. lookup: gives tuned configurations; its answers are kept
+    while ``stamp`` stays the same. Returns out (B, H, N, Dv) in q's dtype and lse (B, H, N) in fp32; a row that meets
+    no key has 0 and -inf. Raises what :func:`~fastattn.kernels.launch.run` does.
     """
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    batch, heads, n_queries, _ = q.shape
+    # what fp32 tensors are made from: to name the dtype for each costs 0.5 to 1 us
+    fp32 = q if q.dtype == torch.float32 else q.new_empty((), dtype=torch.float32)
     # between rounds the running out is fp32, whatever the inputs are
-    state_dtype = torch.float32 if q_index.shape[2] > 1 else q.dtype
-    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=state_dtype)
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    out = (fp32 if q_index.shape[2] > 1 else q).new_zeros((batch, heads, n_queries, v.shape[3]))
+    lse = fp32.new_full((batch, heads, n_queries), -math.inf)
     tensors = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "out": out, "lse": lse}
-    pattern = Pattern(look_back, look_ahead, wrap, is_causal, exclude_self)
-    run(launches_of("block_attention_forward", tensors, pattern, scale, config or {}))
-    return out.to(q.dtype), lse
+    flags = (look_back, look_ahead, wrap, is_causal, exclude_self)
+    _run(("block_attention_forward",), tensors, 2, flags, scale, lookup, stamp)
+    return (out if out.dtype == q.dtype else out.to(q.dtype)), lse
 
 
 def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_index: torch.Tensor,
-    k_index: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *,
+    k_index: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float,
     look_back: int = 0, look_ahead: int = 0, wrap: bool = True, is_causal: bool = False, exclude_self: bool = False,
-    scale: float, config: Mapping[str, Config] | None = None,
+    lookup: Lookup | None = None, stamp: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv) from dout (B, H, N, Dv) and what :func:`forward` returned; the same options."""
-    q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), dout.contiguous()
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    dout, lse = dout.contiguous(), lse.contiguous()
     batch, heads, _, head_dim = q.shape
     kv_heads, n_keys, value_dim = v.shape[1:]
-    pattern = Pattern(look_back, look_ahead, wrap, is_causal, exclude_self)
     delta = torch.linalg.vecdot(dout.float(), out.float())  # [B, H, N]
     dq = q.new_zeros(q.shape, dtype=torch.float32)
     dk = k.new_zeros((batch, heads, n_keys, head_dim), dtype=torch.float32)
     dv = v.new_zeros((batch, heads, n_keys, value_dim), dtype=torch.float32)
-    read = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse, "delta": delta}
-    config = config or {}
-    for_dq = launches_of("block_attention_backward_dq", read | {"dq": dq}, pattern, scale, config)
-    for_dkv = launches_of("block_attention_backward_dkv", read | {"dk": dk, "dv": dv}, pattern, scale, config)
-    run([*for_dq, *for_dkv])
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse, "delta": delta}
+    tensors |= {"dq": dq, "dk": dk, "dv": dv}
+    flags = (look_back, look_ahead, wrap, is_causal, exclude_self)
+    kernels = ("block_attention_backward_dq", "block_attention_backward_dkv")
+    _run(kernels, tensors, 4, flags, scale, lookup, stamp)
     if kv_heads != heads:
         dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

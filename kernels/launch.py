@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .config import FP_FUSION, Config
 from .errors import Unsupported
+from .rows import check_rows
 
 _TRITON_TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
-    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
 }  # fmt: skip
 _POINTER_TYPES = {dtype: "*" + name for dtype, name in _TRITON_TYPES.items()}
 
@@ -23,12 +26,15 @@ _POINTER_TYPES = {dtype: "*" + name for dtype, name in _TRITON_TYPES.items()}
 @dataclass(frozen=True)
 class Launch:
     """kernel: a ``triton.jit`` function. grid: numbers of programs. args: every argument but the block sizes, by name,
-    ``constexpr`` ones included. config: the block sizes and the compiler's knobs."""
+    ``constexpr`` ones included; a tensor's name may end in ``_ptr``. config: the block sizes and the compiler's knobs.
+    rows: the tensor arguments that hold row numbers, contiguous int32, and how many rows there are: their values are
+    checked before anything runs (:func:`~fastattn.kernels.rows.check_rows`)."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     config: Config
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -69,30 +75,77 @@ def _parameters(kernel: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((parameter.name, parameter.is_constexpr) for parameter in kernel.params)
 
 
+def tensor_name(argument: str) -> str:
+    """What the tensor of a kernel's argument is called: ``"q"`` for ``"q_ptr"``."""
+    return argument.removesuffix("_ptr")
+
+
+def rows_to_check(launches: Iterable[Launch]) -> list[tuple[str, torch.Tensor, int]]:
+    """(name, tensor, number of rows) for every tensor of row numbers, each once for a name: where one tensor has two
+    names, another call may give them two."""
+    found = {
+        (name, id(launch.args[name]), length): (tensor_name(name), launch.args[name], length)
+        for launch in launches
+        for name, length in launch.rows.items()
+    }
+    return list(found.values())
+
+
 def run(launches: Iterable[Launch]) -> None:
     """Runs launches in order on the device of their tensors.
 
     Raises:
         Unsupported: this device can't run one of them; nothing was run then.
+        ValueError: a row number is out of range; nothing was run then. On a GPU its assertion fails instead.
     """
     launches = list(launches)
     if not launches:
         return
-    if isinstance(launches[0].kernel, InterpretedFunction):
+    device = next(value.device for value in launches[0].args.values() if isinstance(value, torch.Tensor))
+    interpreted = isinstance(launches[0].kernel, InterpretedFunction)
+    if device.type == "cpu" and not interpreted:
+        _engine().run(launches)
+        return
+    if not interpreted and device.type not in ("cuda", "xpu"):
+        raise Unsupported(f"no Triton back end for device type {device.type!r}: use cpu, cuda or xpu")
+    for name, index, length in rows_to_check(launches):
+        check_rows(name, index, length)
+    if interpreted:
         for launch in launches:
             launch.kernel[launch.grid](**launch.args, **launch.config.blocks)
         return
-    device = next(value.device for value in launches[0].args.values() if isinstance(value, torch.Tensor))
-    if device.type == "cpu":
-        from .cpu.engine import run as run_on_cpu  # no compiler is looked for before a kernel runs
+    with torch.get_device_module(device).device(device):
+        for launch in launches:
+            _run_on_gpu(launch)
 
-        run_on_cpu(launches)
-    elif device.type in ("cuda", "xpu"):
-        with torch.get_device_module(device).device(device):
-            for launch in launches:
-                _run_on_gpu(launch)
+
+def run_planned(
+    key: Hashable, tensors: Mapping[str, torch.Tensor], launches: Callable[[], Iterable[Launch]], *, made: int = 0
+) -> None:
+    """:func:`run` of ``launches()``; on the CPU it is asked once for a key and a layout of the tensors, and what it
+    gave is run again with the tensors of each call.
+
+    key: all that ``launches()`` depends on beside the dtypes, shapes and strides of ``tensors``. tensors: every tensor
+    of the launches, by its name (:func:`tensor_name`), which stands for the same tensor in each of them. made: how many
+    of them, at the end, have layouts that follow from ``key`` and the layouts before.
+    """
+    values = [*tensors.values()]
+    plan = None
+    if values[0].is_cpu:
+        given = values[: len(values) - made]
+        key = (key, *[(tensor.dtype, tensor.shape, tensor.stride()) for tensor in given])
+        plan = _engine().planned(key, tensors, launches)
+    if plan is None:
+        run(launches())
     else:
-        raise Unsupported(f"no Triton back end for device type {device.type!r}: use cpu, cuda or xpu")
+        plan(values)
+
+
+@lru_cache
+def _engine() -> ModuleType:
+    from .cpu import engine  # stands above this file
+
+    return engine
 
 
 def _run_on_gpu(launch: Launch) -> None:

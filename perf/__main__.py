@@ -1,4 +1,4 @@
-"""``python -m perf [smyrf] [block_attention]``: measure, print, and write the table to ``perf/results/``."""
+"""``python -m perf [smyrf] [block_attention] [launch]``: measure, print, and write the table to ``perf/results/``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from perf import bench_block_attention, bench_smyrf, report
+from perf import bench_block_attention, bench_launch, bench_smyrf, report
 
-BENCHES = {"smyrf": bench_smyrf.rows, "block_attention": bench_block_attention.rows}
+BENCHES = {"smyrf": bench_smyrf.rows, "block_attention": bench_block_attention.rows, "launch": bench_launch.rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

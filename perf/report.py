@@ -25,9 +25,9 @@ RESULTS = Path(__file__).parent / "results"
 class Row:
     """One figure beside its goal.
 
-    what: in words. length: tokens, N. unit: "x" (times faster), "%" (of a rate) or "MB". value: the figure; low, high:
-    where its inputs' quartiles would put it. goal: None where there is none. detail: the times behind it. smaller: is a
-    smaller value the better one?
+    what: in words. length: tokens, N. unit: "x" (times faster), "%" (of a rate), "us" or "MB". value: the figure;
+    low, high: where its inputs' quartiles would put it. goal: None where there is none. detail: the times behind it.
+    smaller: is a smaller value the better one?
     """
 
     what: str

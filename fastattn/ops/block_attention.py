@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.autotune.choice import lookup
-from fastattn.kernels.config import Config
+from fastattn.autotune.choice import lookup, stamp
 from fastattn.kernels.errors import Unsupported
+from fastattn.kernels.rows import check_rows
 from fastattn.ops import checks
 from fastattn.ops.autocast import cast_inputs, no_autocast
 from fastattn.ops.library import define_autograd, define_op, refuse_gradient
@@ -22,7 +23,6 @@ from fastattn.reference import block_attention as reference
 SELF_MODES = ("attend", "exclude")
 
 _FLAGS = ("look_back", "look_ahead", "wrap", "is_causal", "exclude_self")
-_Result = TypeVar("_Result")
 _warned: set[str] = set()
 
 
@@ -134,8 +134,8 @@ def attend_blocks(
     flags = (look_back, look_ahead, wrap, is_causal, exclude_self)
     if impl != "reference":
         return _FORWARD(q, k, v, q_index, k_index, *flags, scale, impl is None)
-    _check_range(q_index, k_index, q.shape[2], k.shape[2])
-    options = _reference_options(dict(zip(_FLAGS, flags, strict=True)), scale)
+    _check_rows(q, k, q_index, k_index)
+    options = _reference_options(flags, scale)
     with no_autocast(q.device.type):
         out, lse = reference.block_attention(q, k, v, q_index, k_index, **options)
     return out, lse.detach()
@@ -154,25 +154,19 @@ def _check_index(name: str, index: Tensor, q: Tensor) -> None:
     checks.check_device(name, index, q.device)
 
 
-def _check_range(q_index: Tensor, k_index: Tensor, n_queries: int, n_keys: int) -> None:
-    """No index value may reach outside its tensor. Inside the op, so that a traced or direct call has it too."""
-    for name, index, length in (("q_index", q_index, n_queries), ("k_index", k_index, n_keys)):
-        low, high = torch.aminmax(index)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(low), int(high)
-            if low < -1 or high >= length:
-                raise ValueError(f"{name} must hold -1 or rows below {length}, got values from {low} to {high}")
-        else:
-            inside = (low >= -1) & (high < length)
-            torch.ops.aten._assert_async.msg(inside, f"{name} must hold -1 or rows below {length}")
+def _check_rows(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor) -> None:
+    """For the definition; kernels have it done by whoever launches them."""
+    check_rows("q_index", q_index, q.shape[2])
+    check_rows("k_index", k_index, k.shape[2])
 
 
-def _reference_options(flags: dict[str, Any], scale: float) -> dict[str, Any]:
-    options = {**flags, "self_mode": "exclude" if flags["exclude_self"] else "attend", "scale": scale}
-    del options["exclude_self"]
-    return options
+def _reference_options(flags: Sequence[Any], scale: float) -> dict[str, Any]:
+    options: dict[str, Any] = dict(zip(_FLAGS, flags, strict=True))
+    options["self_mode"] = "exclude" if options.pop("exclude_self") else "attend"
+    return options | {"scale": scale}
 
 
+@lru_cache
 def _kernel() -> ModuleType:
     """The kernel's module. Imported at the first call: it needs Triton, which ``import fastattn`` does not."""
     try:
@@ -182,15 +176,10 @@ def _kernel() -> ModuleType:
     return kernel
 
 
-def _kernel_or_reference(
-    kernel: Callable[[], _Result], definition: Callable[[], _Result], fallback: bool, device_type: str
-) -> _Result:
-    try:
-        return kernel()
-    except Unsupported as error:
-        if not fallback:
-            raise
-        reason = str(error)
+def _warn_or_raise(error: Unsupported, fallback: bool) -> None:
+    if not fallback:
+        raise error
+    reason = str(error)
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
@@ -198,50 +187,18 @@ def _kernel_or_reference(
             "Results are right, but it takes more time and memory.",
             stacklevel=3,
         )
-    with no_autocast(device_type):
-        return definition()
-
-
-def _tuned(
-    kernels: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, flags: dict[str, Any]
-) -> dict[str, Config]:
-    """The tuned configurations of ``kernels``, as far as there are any."""
-    batch, heads, _, head_dim = q.shape
-    _, _, rounds, n_blocks, c_q = q_index.shape
-    shape = {
-        "batch": batch,
-        "heads": heads,
-        "rounds": rounds,
-        "n_blocks": n_blocks,
-        "c_q": c_q,
-        "c_k": k_index.shape[4],
-        "head_dim": head_dim,
-        "value_dim": v.shape[3],
-    }
-    found = {kernel: lookup(kernel, q.device, q.dtype, shape, flags) for kernel in kernels}
-    return {kernel: config for kernel, config in found.items() if config is not None}
-
-
-def _split(options: tuple[Any, ...]) -> tuple[dict[str, Any], float, bool]:
-    """The op's trailing arguments as (flags, scale, fallback)."""
-    *flags, scale, fallback = options
-    return dict(zip(_FLAGS, flags, strict=True)), scale, fallback
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    flags, scale, fallback = _split(options)
-    _check_range(q_index, k_index, q.shape[2], k.shape[2])
-
-    def kernel() -> tuple[Tensor, Tensor]:
-        module = _kernel()
-        config = _tuned(("block_attention_forward",), q, k, v, q_index, k_index, flags)
+    *flags, scale, fallback = options
+    try:
         rows = (q_index.contiguous(), k_index.contiguous())
-        return module.forward(q, k, v, *rows, **flags, scale=scale, config=config)
-
-    def definition() -> tuple[Tensor, Tensor]:
+        return _kernel().forward(q, k, v, *rows, scale, *flags, lookup, stamp())
+    except Unsupported as error:
+        _warn_or_raise(error, fallback)
+    _check_rows(q, k, q_index, k_index)
+    with no_autocast(q.device.type):
         return reference.block_attention(q, k, v, q_index, k_index, **_reference_options(flags, scale))
-
-    return _kernel_or_reference(kernel, definition, fallback, q.device.type)
 
 
 def _backward(
@@ -255,21 +212,16 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flags, scale, fallback = _split(options)
-    _check_range(q_index, k_index, q.shape[2], k.shape[2])
-
-    def kernel() -> tuple[Tensor, Tensor, Tensor]:
-        module = _kernel()
-        names = ("block_attention_backward_dq", "block_attention_backward_dkv")
-        config = _tuned(names, q, k, v, q_index, k_index, flags)
+    *flags, scale, fallback = options
+    try:
         rows = (q_index.contiguous(), k_index.contiguous())
-        return module.backward(dout, q, k, v, *rows, out, lse, **flags, scale=scale, config=config)
-
-    def definition() -> tuple[Tensor, Tensor, Tensor]:
-        options = _reference_options(flags, scale)
-        return reference.block_attention_backward(dout, q, k, v, q_index, k_index, out, lse, **options)
-
-    return _kernel_or_reference(kernel, definition, fallback, q.device.type)
+        return _kernel().backward(dout, q, k, v, *rows, out, lse, scale, *flags, lookup, stamp())
+    except Unsupported as error:
+        _warn_or_raise(error, fallback)
+    _check_rows(q, k, q_index, k_index)
+    tensors = (dout, q, k, v, q_index, k_index, out, lse)
+    with no_autocast(q.device.type):
+        return reference.block_attention_backward(*tensors, **_reference_options(flags, scale))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

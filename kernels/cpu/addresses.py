@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import formulas
@@ -37,22 +38,22 @@ def load(nest: Nest, op: Op) -> None:
     value, width = op.result, nest.width
     kind, address = formulas.buffer_type(value.element), _address(nest, op.operands[0])
     # 16-bit numbers that nothing here computes with are moved as they are
-    moved = value.element in formulas.HALVES and value not in nest.read_here
-    other = _other(nest, op, moved)
-    if moved and other is not None:
+    moved = value.element in formulas.HALVES and value not in nest.read_here and _leaves_zero(op)
+    if moved:
         address = address._replace(base=f"((uint16_t*){address.base})")
         kind = "uint16_t"
-    vector = f"V<uint16_t, {width}>" if kind == "uint16_t" else formulas.vector_type(value.element, width)
+    vector = f"V<uint16_t, {width}>" if moved else formulas.vector_type(value.element, width)
     lane = f"[&](int l) {{ return {address.lane()}; }}"
     if address.stride == "1":
         plain = f"load<{kind}, {width}>({address.base} + j)"
     elif address.stride == "0":
-        plain = f"broadcast<{formulas.lane_type(value.element)}, {width}>(read({address.base}))"
-        plain = plain if kind != "uint16_t" else f"broadcast<uint16_t, {width}>(*{address.base})"
+        lane_kind = kind if moved else formulas.lane_type(value.element)
+        plain = f"broadcast<{lane_kind}, {width}>(read({address.base}))"
     else:
         plain = f"load_lanes<{kind}, {width}>(broadcast_mask<{width}>(true), {vector}{{}}, {lane})"
     if len(op.operands) > 1:
-        other = other or f"{vector}{{}}"
+        has_other = len(op.operands) > 2 and not moved
+        other = nest.vector(op.operands[2], nest.index) if has_other else f"{vector}{{}}"
         mask = nest.value(op.operands[1], nest.index)
         if mask.level < nest.rank:
             plain = f"{mask.text} ? {plain} : {other}"
@@ -61,23 +62,23 @@ def load(nest: Nest, op: Op) -> None:
         else:
             plain = f"load_lanes<{kind}, {width}>({mask.text}, {other}, {lane})"
     name = nest.name_vector(plain, vector)
-    if kind == "uint16_t":
+    if moved:
         nest.put(f"store((uint16_t*)({nest.element(value, nest.index)}), {name});")
     else:
         nest.keep(value, name)
 
 
-def _other(nest: Nest, op: Op, moved: bool) -> str | None:
-    """The vector for lanes that the mask leaves out; for numbers moved as bits None unless it is 0."""
-    if not moved:
-        return nest.vector(op.operands[2], nest.index) if len(op.operands) > 2 else None
+def _leaves_zero(op: Op) -> bool:
+    """Whether lanes that the mask leaves out become 0."""
     if len(op.operands) < 3:
-        return f"V<uint16_t, {nest.width}>{{}}"
+        return True
     source = op.operands[2]
     while source.op is not None and source.op.name in ("tt.splat", "tt.broadcast"):
         source = source.op.operands[0]
-    is_zero = source.op is not None and source.op.name == "arith.constant" and constant_number(source.op) == 0
-    return f"V<uint16_t, {nest.width}>{{}}" if is_zero else None
+    if source.op is None or source.op.name != "arith.constant":
+        return False
+    number = constant_number(source.op)
+    return number == 0 and math.copysign(1, number) == 1
 
 
 def store(nest: Nest, op: Op) -> None:

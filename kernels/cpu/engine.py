@@ -1,14 +1,13 @@
-"""Runs a kernel's launch on the CPU: builds it once for its argument types and constants, then calls it."""
+"""Runs launches on the CPU: builds each kernel once for its argument types and constants, then calls it."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -16,45 +15,68 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.interpreter import InterpretedFunction
 
-from ..errors import Unsupported
+from ..errors import Unsupported, UnsupportedNow
 from ..launch import Launch, signature
 from . import build, machine
 from .emit import ENTRY, generate
 from .frontend import ttir
+from .plan import Driver, Plan
 
 _HERE = Path(__file__).parent
-_SLOTS = {"fp32": "f4x", "fp64": "d", "i1": "q", "i8": "q", "i16": "q", "i32": "q", "i64": "q"}
+
+
+def recipe(launch: Launch, level: machine.Level) -> build.Recipe:
+    """The object for a launch's argument types and constants; its tensors may be on the ``meta`` device."""
+    kernel = launch.kernel
+    types, constants = signature(launch)
+
+    def source() -> str:
+        with _frontend_lock:
+            text = ttir(kernel, types, constants)
+        return generate(text, level.lanes)
+
+    key = (kernel.cache_key, repr(sorted(types.items())), repr(sorted(constants.items())), *_versions())
+    return build.Recipe(kernel.__name__, key, source, level)
+
+
+def driver_recipe() -> build.Recipe:
+    """The object that spreads programs over threads."""
+    source = (_HERE / "threads.cc").read_text()
+    return build.Recipe("threads", (source,), lambda: source, machine.BASELINE)
 
 
 class Built:
-    """A kernel for one choice of argument types and constants."""
+    """A kernel for one choice of argument types and constants.
 
-    def __init__(self, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
-        level = machine.supported_levels()[0]
-        given = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
-        key = [kernel.cache_key, repr(sorted(types.items())), repr(sorted(constants.items())), *_versions(), level.name]
+    entry: the address of its function. tensors: (slot, name) of the arguments that are tensors.
+    """
 
-        def source() -> str:
-            with _frontend_lock:
-                text = ttir(kernel, types, constants)
-            return generate(text, level.lanes)
+    def __init__(self, launch: Launch) -> None:
+        types, _ = signature(launch)
+        library = build.load(recipe(launch, machine.supported_levels()[0]))
+        self.entry = ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p).value
+        self._given = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
+        self.tensors = [(at, name) for at, (name, kind) in enumerate(self._given) if kind[0] == "*"]
 
-        library = build.load(kernel.__name__, key, source, level)
-        self.entry = ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p)
-        self.given = [(name, kind[0] == "*") for name, kind in given]  # name, and whether it is a tensor
-        self.pack = struct.Struct("<" + "".join("q" if kind[0] == "*" else _SLOTS[kind] for _, kind in given)).pack
+    def slots(self, args: Mapping[str, Any]) -> bytes:
+        """The arguments as the kernel's function takes them, 8 bytes each; 0 for tensors."""
+        return b"".join(_slot(kind, args[name]) for name, kind in self._given)
 
-    def __call__(self, launch: Launch) -> None:
-        args = launch.args
-        slots = self.pack(*(args[name].data_ptr() if is_tensor else args[name] for name, is_tensor in self.given))
-        grid = (ctypes.c_int32 * 3)(*launch.grid, *(1,) * (3 - len(launch.grid)))
-        drive, parallel = _threads()
-        drive(self.entry, slots, grid, torch.get_num_threads(), parallel)
+
+def _slot(kind: str, value: Any) -> bytes:
+    if kind[0] == "*":
+        return bytes(8)
+    if kind == "fp32":
+        return struct.pack("<f4x", ctypes.c_float(value).value)  # beyond fp32's range it is infinite
+    return struct.pack("<q", value)
 
 
 _built: dict[Any, Built | Unsupported] = {}
 _building: dict[Any, threading.Lock] = {}
+_plans: dict[Any, Plan] = {}
+_MOST_PLANS = 1024  # of some 2 KiB a round; lengths may differ at every call
 _lock = threading.Lock()
 _frontend_lock = threading.Lock()  # Triton's front end is not made for several threads
 
@@ -66,50 +88,104 @@ def run(launches: Sequence[Launch]) -> None:
 
     Raises:
         Unsupported: a kernel uses what the engine doesn't cover, or it can't be built here; nothing was run then.
+        ValueError: a row number is out of range; nothing was run then.
     """
-    keys = [_key(launch) for launch in launches]
-    missing = {key: launch for key, launch in zip(keys, launches, strict=True) if key not in _built}
-    if len(missing) > 1:
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            list(pool.map(_ensure, missing, missing.values()))
-    ready = [_ensure(key, launch) for key, launch in zip(keys, launches, strict=True)]
-    for built in ready:
+    tensors = {id(x): x for launch in launches for x in launch.args.values() if isinstance(x, torch.Tensor)}
+    numbers = {name: number for number, name in enumerate(tensors)}
+    _plan(launches, lambda _, tensor: numbers[id(tensor)], len(tensors))(list(tensors.values()))
+
+
+def planned(
+    key: Hashable, tensors: Mapping[str, torch.Tensor], launches: Callable[[], Iterable[Launch]]
+) -> Plan | None:
+    """The plan of ``launches()``, made once for a key, whose tensors are its arguments in their order; None for the
+    interpreter's kernels. See :func:`fastattn.kernels.launch.run_planned`."""
+    plans = _plans  # what is made now must not be kept if forget() is called meanwhile
+    plan = plans.get(key)
+    if plan is None:
+        made = list(launches())
+        if any(isinstance(launch.kernel, InterpretedFunction) for launch in made):
+            return None
+        names = list(tensors)
+
+        def number(name: str, tensor: torch.Tensor) -> int:
+            if tensors.get(name) is not tensor:
+                raise ValueError(f"the tensor of argument {name} must be given by that name")
+            return names.index(name)
+
+        plan = _plan(made, number, len(names))
+        with _lock:
+            while len(plans) >= _MOST_PLANS:
+                del plans[next(iter(plans))]  # the oldest
+            plans[key] = plan
+    return plan
+
+
+def prepare(launches: Sequence[Launch]) -> list[Unsupported | None]:
+    """Builds what is missing for launches, several kernels at a time, and runs nothing.
+
+    Their tensors may be on the ``meta`` device. Returns for each launch why it can't run here, or None.
+    """
+    return [built if isinstance(built, Unsupported) else None for built in _kernels(launches)]
+
+
+def _plan(launches: Sequence[Launch], number: Callable[[str, torch.Tensor], int], n_tensors: int) -> Plan:
+    kernels = []
+    for built in _kernels(launches):
         if isinstance(built, Unsupported):
-            raise built
-    for built, launch in zip(ready, launches, strict=True):
-        if math.prod(launch.grid) > 0:
-            built(launch)
+            raise _bare(built)
+        kernels.append(built)
+    return Plan(launches, kernels, number, n_tensors, _driver())
+
+
+def _kernels(launches: Sequence[Launch]) -> list[Built | Unsupported]:
+    keys = [_key(launch) for launch in launches]
+    found: dict[Any, Any] = {key: _built.get(key) for key in keys}
+    missing = {key: launch for key, launch in zip(keys, launches, strict=True) if found[key] is None}
+    if missing:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            pool.submit(_driver)
+            found |= zip(missing, pool.map(_ensure, missing, missing.values()), strict=True)
+    try:
+        _driver()
+    except Unsupported as error:
+        return [_bare(error)] * len(launches)
+    return [found[key] for key in keys]
 
 
 def _key(launch: Launch) -> tuple[Any, ...]:
     types, constants = signature(launch)
-    return (launch.kernel, *types.values(), *constants.values())
+    return (launch.kernel, *types.values(), repr(constants))  # 1, 1.0 and True are equal, but not the same constant
 
 
 def _ensure(key: tuple[Any, ...], launch: Launch) -> Any:
-    built = _built.get(key)
-    if built is None:
-        with _lock:
-            mine = _building.setdefault(key, threading.Lock())
-        with mine:
-            built = _built.get(key)
-            if built is None:
-                built = _built[key] = _build(launch.kernel, *signature(launch))
+    with _lock:
+        mine = _building.setdefault(key, threading.Lock())
+    with mine:
+        built = _built.get(key)
+        if built is None:
+            try:
+                built = _built[key] = Built(launch)
+            except UnsupportedNow as error:
+                built = _bare(error)  # not kept: that may pass, and the builder knows when to try again
+            except Unsupported as error:
+                built = _built[key] = _bare(error)
     return built
 
 
-def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Built | Unsupported:
-    try:
-        return Built(kernel, types, constants)
-    except Unsupported as error:
-        return error  # kept, so that a compiler that fails is not called again and again
+def _bare(error: Unsupported) -> Unsupported:
+    """The error without the frames that it was raised through, which would keep a call's tensors alive."""
+    return type(error)(str(error))
 
 
 def forget() -> None:
     """Drops what this process has loaded or found impossible; the cache on disk stays."""
+    global _plans
+    _plans = {}
     _built.clear()
     _building.clear()
-    _threads.cache_clear()
+    _driver.cache_clear()
+    build.forget()
 
 
 @lru_cache
@@ -120,15 +196,5 @@ def _versions() -> tuple[str, ...]:
 
 
 @lru_cache
-def _threads() -> tuple[Callable[..., None], ctypes.c_void_p | None]:
-    """(the function that spreads programs over threads, torch's OpenMP entry or None)."""
-    source = (_HERE / "threads.cc").read_text()
-    library = build.load("threads", [source], lambda: source, machine.BASELINE)
-    drive = library.fastattn_drive
-    drive.restype = None
-    drive.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    try:
-        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
-    except (AttributeError, OSError):
-        parallel = None  # torch was built with another thread pool
-    return drive, parallel
+def _driver() -> Driver:
+    return Driver(build.load(driver_recipe()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fastattn.autotune.schema import ConfigFields, Row
 from fastattn.autotune.tune import Problem, tune
 from fastattn.kernels import block_attention as kernels
 from fastattn.kernels.config import Config
+from fastattn.kernels.launch import Launch
 from fastattn.reference.block_attention import block_attention as reference
 
 CPU = torch.device("cpu")
@@ -110,16 +111,13 @@ def test_the_op_runs_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Config({"BLOCK_M": 16, "BLOCK_N": 16})
     sizes = Sizes(length=100, cluster_size=32, head_dim=16, value_dim=16, heads=2)
     asked: dict[str, Config] = {}
+    real = kernels.launches_of
 
-    def spy(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            asked.update(options["config"])
-            return function(*args, **options)
+    def spy(kernel: str, *args: Any) -> Iterator[Launch]:
+        for launch in real(kernel, *args):
+            asked[kernel] = launch.config
+            yield launch
 
-        return call
-
-    monkeypatch.setattr(kernels, "forward", spy(kernels.forward))
-    monkeypatch.setattr(kernels, "backward", spy(kernels.backward))
     # one real row each, and a faster one in its place, so that another tile than the default must be seen to run
     for problem in problems(sizes, torch.float32, CPU, reference, kernel_names()):
         outcome = tune(problem, 0.0)
@@ -128,6 +126,7 @@ def test_the_op_runs_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
         fields = row.model_dump() | {"config": ConfigFields(**small.to_dict()), "time_us": 0.5 * (row.time_us or 1.0)}
         default_store().add(outcome.key, [Row(**fields)])
     choice.forget()
+    monkeypatch.setattr(kernels, "launches_of", spy)
 
     rows = 150  # another length than the tuned one
     q = torch.randn(1, 2, rows, 16, requires_grad=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from perf import bench_block_attention, bench_smyrf
+from perf import bench_block_attention, bench_launch, bench_smyrf
 
 
 def test_smyrf_is_measured_forward_and_backward_and_by_memory():
@@ -33,3 +33,16 @@ def test_measuring_the_yardstick_leaves_the_threads_as_they_were(monkeypatch):
     before = torch.get_num_threads()
     next(bench_block_attention.rows((256,), {256: 0.1}))
     assert torch.get_num_threads() == before
+
+
+def test_a_launch_is_measured_against_an_op_that_does_nothing_and_threads_against_one():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = list(bench_launch.rows(256, 0.1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert [(row.unit, row.goal) for row in rows] == [("us", 15.0), ("us", 15.0), ("x", 1.8), ("x", 1.8)]
+    assert all(row.low <= row.value <= row.high for row in rows)
+    assert rows[0].value > 0  # a launch is more than nothing
