@@ -16,12 +16,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # Its interpreter must still start: a Python that was upgraded or removed breaks the environment silently.
 fresh := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
-.PHONY: help demo test lint bench clean rebuild
+.PHONY: help demo test fuzz tritons lint bench clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | \
-		while IFS="$$(printf '\t')" read -r name what; do printf 'make %-6s %s\n' "$$name" "$$what"; done
+		while IFS="$$(printf '\t')" read -r name what; do printf 'make %-7s %s\n' "$$name" "$$what"; done
 
 demo: $(STAMP)  ## a real model made cheap: quality, speed, memory, tuning, ONNX
 	@$(VENV)/bin/fastattn demo
@@ -29,6 +29,12 @@ demo: $(STAMP)  ## a real model made cheap: quality, speed, memory, tuning, ONNX
 test: lint  ## lint, then every test
 	@echo "tests ..."
 	@$(PY) -m pytest -n 2
+
+fuzz: $(STAMP)  ## 2000 random kernels on the CPU engine; SEED=n begins elsewhere
+	@$(PY) -m tests.fuzz --programs 2000 --seed $(or $(SEED),1)
+
+tritons: $(STAMP)  ## the CPU engine's tests with each release of Triton that it knows (1 GB of disk each)
+	@$(PY) tests/kernels/versions.py -n 2
 
 lint: $(STAMP)  ## ruff, pyright, and the floors by import-linter
 	@echo "ruff ..." && $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -298,6 +298,26 @@ def test_half_precision_rounds_after_each_operation(dtype):
 
 
 @triton.jit
+def move_kernel(x, y, n, other, N: tl.constexpr, CONSTANT: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i, mask=i < n, other=3.0 if CONSTANT else other))
+    tl.store(y + N + i, tl.load(x + i, mask=i < n, other=0.0))
+    tl.store(y + 2 * N + i, tl.load(x + i // N))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_that_is_only_moved_keeps_its_bits(dtype, constant):
+    x = torch.randn(64).to(dtype)
+    x[3] = torch.nan
+    y = torch.empty(3, 64, dtype=dtype)
+    launch(move_kernel, x=x, y=y, n=37, other=3.0, N=64, CONSTANT=constant)
+    here = torch.arange(64) < 37
+    expected = [torch.where(here, x, 3.0), torch.where(here, x, 0.0), x[:1].expand(64)]
+    torch.testing.assert_close(y, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
 def product_kernel(a, b, c, y, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, T_A: tl.constexpr, T_B: tl.constexpr):
     i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     left = tl.trans(tl.load(a + k[:, None] * M + i[None, :])) if T_A else tl.load(a + i[:, None] * K + k[None, :])
