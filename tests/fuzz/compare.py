@@ -12,6 +12,7 @@ from .values import Value
 # What Triton's interpreter computes in another way than Triton's compiled kernels; the evaluation is the judge there.
 EXEMPTIONS = {
     "bf16": "keeps bf16 as uint16 and computes with these integers, and its conversions to bf16 don't round",
+    "scalar mask": "keeps a comparison in the type that was compared, and so splats of one are no masks",
     "special": "reduces by nanmax and nanargmax, which raise where a row has only NaN",
 }
 
@@ -67,6 +68,8 @@ def exemption(program: Program, kinds: dict[str, tuple[str, tuple[int, ...]]]) -
     }
     for node in walk(program.body):
         named = {kinds[name][0] for name in (*node.args, *node.outs) if name in kinds}
+        if node.op == "broadcast" and kinds.get(node.args[0]) == ("int1", ()):
+            return "scalar mask"
         if "bf16" in named and node.op not in moves and not (node.op == "cast" and node.attrs["kind"] == "fp32"):
             return "bf16"
     folds = any(node.op in ("max", "min", "argmax", "argmin") for node in walk(program.body))

@@ -90,15 +90,20 @@ class Draft:
         return [name for scope in self.scopes for name in scope]
 
     def find(self, test: Callable[[str, Shape], bool]) -> str | None:
-        """A visible value of a fitting type; late ones, and those that a loop carries, a little more often."""
+        """A visible value of a fitting type; late ones, those that a loop carries, and those that nothing has read yet
+        a little more often."""
         found = [name for name in self.visible() if test(*self.kinds[name])]
         if not found:
             return None
-        carried = [name for name in self.carried if name in found]
-        if carried and self.chance(0.35):
-            return self.one(carried)
+        for some, p in ((self.carried, 0.35), (self.unread(), 0.4)):
+            preferred = [name for name in some if name in found]
+            if preferred and self.chance(p):
+                return self.one(preferred)
         at = max(self.below(len(found)), self.below(len(found)))
         return found[at]
+
+    def unread(self) -> list[str]:
+        return [name for name in self.scopes[-1] if name not in self.used]
 
     def kind(self, name: str) -> str:
         return self.kinds[name][0]
@@ -472,7 +477,7 @@ def generate(seed: int, features: Iterable[str] = FEATURES, levels: int = 1) -> 
         number = draft.add("add", [number, part], "int32", ())
     draft.kinds["slice"], draft.kinds["own"] = ("int32", ()), ("int32", ())
     draft.block.append(Node("mul", ["own"], [number, "slice"]))
-    for _ in range(4 + draft.below(20)):
+    for _ in range(4 + draft.below(14)):
         statement(draft)
     _finish(draft)
     draft.slice = -(-draft.slice // 16) * 16
@@ -483,7 +488,7 @@ def generate(seed: int, features: Iterable[str] = FEATURES, levels: int = 1) -> 
 
 def _finish(draft: Draft) -> None:
     """Stores most of what nothing has read, so that it isn't dead."""
-    for name in [x for x in draft.scopes[0] if x not in draft.used][:10]:
+    for name in draft.unread()[:10]:
         if draft.chance(0.85):
             draft.store(name)
     if not any(p.role == "output" for p in draft.params.values()):

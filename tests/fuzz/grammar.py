@@ -433,13 +433,13 @@ def _body(draft: Draft, first: str | None = None) -> Node:
     ready long before the end, so that the old ones are read after them."""
     results: dict[str, str] = {}
     for early in (0.4, 1.0):
-        for _ in range(1 + draft.below(3)):
+        for _ in range(1 + draft.below(2)):
             statement(draft)
         for name in draft.carried:
             if name not in results and draft.chance(early):
                 results[name] = _next(draft, name, name == first)
-        if results and draft.chance(0.3):
-            draft.store(draft.one(draft.carried))
+        if results and draft.chance(0.5):
+            draft.store(draft.one([*draft.carried, *draft.unread()]))
     draft.used.update(results.values())
     return Node("yield", [], [results[name] for name in draft.carried])
 

@@ -114,10 +114,12 @@ def initial_values(node: Node) -> list[str]:
 
 
 class Aliases:
-    """Which names stand for one value in the eyes of Triton's front end, which finds out what a loop carries by a trial
-    of its body. There a carried value stands for what it is at first, and one that ends as what it was at first is taken
-    for unchanged. So of two carried values that are one value at first, one can be lost: ``a, b = new, a`` leaves b as
-    it was (seen in Triton 3.9). No program may have such a loop."""
+    """Which names stand for one value in the eyes of Triton's front end.
+
+    It finds out what a loop carries by a trial of its body, where a carried value stands for what it is at first; one
+    that ends as what it was at first is taken for unchanged. So of two carried values that are one value at first, one
+    can be lost: ``a, b = new, a`` leaves b as it was (seen in Triton 3.9). No program may have such a loop.
+    """
 
     def __init__(self) -> None:
         self._roots: dict[str, str] = {}

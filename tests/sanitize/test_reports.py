@@ -62,8 +62,8 @@ def test_one_element_beyond_a_tensor_or_before_it_is_reported(level: machine.Lev
     for access in ACCESSES:
         for shift, place in ((1, "before"), (-1, "behind")):
             assert reported(place, **{access: shift}), (access, shift)
-            # on the heap nobody sees the masked accesses of AVX-512
-            assert reported("heap", **{access: shift}) or "whole" not in access, (access, shift)
+            if "whole" in access:  # on the heap nobody sees the masked ones of AVX-512
+                assert reported("heap", **{access: shift}), (access, shift)
 
 
 WRONG = """
