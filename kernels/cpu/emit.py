@@ -6,6 +6,7 @@ import math
 from itertools import count
 from pathlib import Path
 
+from ..errors import Unsupported
 from . import formulas
 from .folds import is_reversed
 from .nest import Nest
@@ -15,6 +16,8 @@ from .ttir import Block, Function, Op, Value, constant_number, parse
 ENTRY = "fastattn_run"
 # element types of the operands and of the accumulator
 _PRODUCTS = [{"f32"}, {"f16", "f32"}, {"bf16", "f32"}, {"i8", "i32"}]
+# what a program's tiles may take of a thread's stack, which has 8 MiB as a rule
+MOST_STACK_BYTES = 2 * 2**20
 # what generated code stands on, in this order
 _HEADERS = ("vectors.h", "halves.h", "memory.h", "functions.h", "products.h")
 
@@ -44,6 +47,7 @@ class Emitter:
         self.scalars: dict[Value, str] = {}
         self.buffers: dict[Value, str] = {}
         self._declared: list[str] = []
+        self._stack_bytes = 0
         self._numbers = count()
 
     # ---- names and lines
@@ -56,6 +60,7 @@ class Emitter:
 
     def declare(self, element: str, size: int) -> str:
         name = self.fresh("b")
+        self._stack_bytes += size * formulas.buffer_bytes(element)
         self._declared.append(f"  alignas(64) {formulas.buffer_type(element)} {name}[{size}];")
         return name
 
@@ -85,6 +90,10 @@ class Emitter:
             kind = formulas.register_type(arg.element)
             unpack.append(f"  {kind} {name}; memcpy(&{name}, args + {at}, sizeof {name});")
         self.block(self.function.body)
+        if self._stack_bytes > MOST_STACK_BYTES:
+            kib = self._stack_bytes // 1024
+            most = MOST_STACK_BYTES // 1024
+            raise Unsupported(f"the tiles of {self.function.name} take {kib} KiB, more than {most}: use smaller blocks")
         body = "\n".join(self.lines)
         buffers = "\n".join(self._declared)
         return f"""
@@ -284,6 +293,7 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
         for statement in group.statements[1:]:
             finish.statement(statement)
         (*batch, m, n), k = shape, op.operands[0].shape[-1]
+        self._stack_bytes += 4 * (m + n) * k  # what a product may turn or pack
         kind, vector = formulas.buffer_type(a.element), formulas.vector_type(c.element, finish.width)
         for axis, size in enumerate(batch):
             self.write(f"for (int i{axis} = 0; i{axis} < {size}; ++i{axis})")

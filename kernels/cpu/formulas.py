@@ -101,6 +101,11 @@ def buffer_type(element: str) -> str:
     return "int32_t" if element == "i1" else _memory_type(element)
 
 
+def buffer_bytes(element: str) -> int:
+    """The size of a buffer's element."""
+    return 4 if element == "i1" else bits(element) // 8
+
+
 def vector_type(element: str, width: int | str) -> str:
     return f"V<{lane_type(element)}, {width}>"
 

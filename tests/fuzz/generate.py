@@ -395,6 +395,8 @@ class Draft:
                 strides[axis] = -strides[axis]
         ends = [(start + size - 1) * stride for start, size, stride in zip(starts, shape, strides, strict=True)]
         last = offset + sum(max(x, y * z) for x, y, z in zip(ends, starts, strides, strict=True))
+        if last >= INPUT_SIZE - 256:  # too far apart
+            return self.offsets(shape, injective=injective, own=own)
         args = []
         if self.chance(0.35):
             scalar, most = self.scalar_value(), 15

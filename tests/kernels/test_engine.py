@@ -320,6 +320,22 @@ def test_what_is_not_covered_is_an_error_that_names_the_operation_and_the_line()
     assert (x == 0).all()
 
 
+@triton.jit
+def square_kernel(x, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tile = tl.load(x + at)
+    tl.store(x + at, tile / tl.sum(tile, 1)[:, None])
+
+
+@needs_compiler
+def test_tiles_that_no_stack_holds_are_an_error_and_not_a_crash():
+    x = torch.ones(512, 512)
+    launch(square_kernel, (1,), x=x, N=512)
+    assert (x == 1 / 512).all()
+    with pytest.raises(Unsupported, match=r"the tiles of square_kernel take 4\d\d\d KiB, more than 2048"):
+        launch(square_kernel, (1,), x=torch.ones(1024, 1024), N=1024)
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_program_runs_once_on_any_number_of_threads(threads):
