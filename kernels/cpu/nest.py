@@ -241,11 +241,12 @@ class Nest:
             self.put(f"store({self.element(value, self.index)}, {text});")
 
     def _elementwise(self, op: Op) -> None:
-        value = op.result
-        if op.name == "arith.truncf" and value not in self.read_here:
+        if op.name == "arith.truncf" and op.result not in self.read_here:
             # writing to the buffer rounds
-            return self.keep(value, self.vector(op.operands[0], self.index))
-        self.keep(value, self._as_vector(self._formula(op, value, self.index), value.element))
+            return self.keep(op.result, self.vector(op.operands[0], self.index))
+        for value in op.results:  # a split has two, of which one may be stored and one read where it is
+            if value in self.schedule.stored:
+                self.keep(value, self._as_vector(self._formula(op, value, self.index), value.element))
 
     def _join(self, op: Op) -> None:
         """The operands become the two elements of a new last dimension."""

@@ -190,7 +190,7 @@ class Schedule:
             for operand in op.operands:
                 self.leaves(operand, None if operand.shape else (), reads)
             return Statement("scalar", op, None, reads)
-        if value not in self.stored:
+        if not any(x in self.stored for x in op.results):
             return None
         for operand, at in zip(op.operands, operand_indices(op, loop_index(value.shape)), strict=True):
             self.leaves(operand, at, reads)

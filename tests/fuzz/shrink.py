@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from .evaluate import Ambiguous, Evaluator, Invalid
 from .program import FLOATS, Node, Program, walk
 
+Step = Callable[[], Program]
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
 AT_ONCE = 6  # candidates that are built together
 
@@ -21,30 +22,17 @@ def shrink(program: Program, failing: Callable[[list[Program]], list[bool]], sec
         progress = False
         for way in (_without_statements, _without_control, _constants, _simpler_arguments, _smaller_sizes, _unused):
             at = 0
-            while time.monotonic() < end:
-                candidates = []
-                for candidate in _from(way(program), at):
-                    candidates.append(candidate)
-                    if len(candidates) == AT_ONCE:
-                        break
-                if not candidates:
-                    break
-                meaningful = [x for x in candidates if _has_meaning(x)]
-                verdicts = failing(meaningful) if meaningful else []
-                better = next((x for x, fails in zip(meaningful, verdicts, strict=True) if fails), None)
-                if better is None:
-                    at += len(candidates)
-                else:
-                    # what stood before it was tried already
-                    at += candidates.index(better)
-                    program, progress = better, True
+            steps = list(way(program))
+            while at < len(steps) and time.monotonic() < end:
+                tried, at = at, min(at + AT_ONCE, len(steps))
+                candidates = [(number, steps[number]()) for number in range(tried, at)]
+                candidates = [(number, x) for number, x in candidates if _has_meaning(x)]
+                verdicts = failing([x for _, x in candidates]) if candidates else []
+                better = next((x for x, fails in zip(candidates, verdicts, strict=True) if fails), None)
+                if better is not None:
+                    at, program = better  # the steps before it were tried already
+                    progress, steps = True, list(way(program))
     return program
-
-
-def _from(items: Iterator[Program], start: int) -> Iterator[Program]:
-    for at, item in enumerate(items):
-        if at >= start:
-            yield item
 
 
 def _has_meaning(program: Program) -> bool:
@@ -71,7 +59,7 @@ def _read(program: Program) -> set[str]:
     return {name for node in walk(program.body) for name in node.args}
 
 
-def _swept(program: Program) -> Program:
+def swept(program: Program) -> Program:
     """Without what nothing reads."""
     while True:
         read, found = _read(program), False
@@ -90,28 +78,46 @@ def _stores(node: Node) -> bool:
     return any(x.op == "store" for block in node.blocks for x in walk(block))
 
 
-def _changed(program: Program, change: Callable[[list[list[Node]]], bool]) -> Program | None:
-    """A copy after ``change``, which works on its blocks and says whether there was anything to do."""
-    other = copy.deepcopy(program)
-    return _swept(other) if change(list(_blocks(other))) else None
+def _changed(program: Program, change: Callable[[list[list[Node]]], None]) -> Step:
+    """A copy after ``change``, which works on its blocks, without what nothing reads any more."""
+
+    def step() -> Program:
+        other = copy.deepcopy(program)
+        change(list(_blocks(other)))
+        return swept(other)
+
+    return step
 
 
-def _without_statements(program: Program) -> Iterator[Program]:
-    """Without half of the stores, a quarter, ... one; then without one whole loop or branch."""
-    stores = [(b, at) for b, block in enumerate(_blocks(program)) for at, x in enumerate(block) if x.op == "store"]
-    width = len(stores)
+def _edited(program: Program, edit: Callable[[Program], None]) -> Step:
+    def step() -> Program:
+        other = copy.deepcopy(program)
+        edit(other)
+        return other
+
+    return step
+
+
+def _chunks(count: int) -> Iterator[range]:
+    """All, halves, quarters, ... single ones."""
+    width = count
     while width >= 1:
-        for start in range(0, len(stores), width):
-            gone = set(stores[start : start + width])
-
-            def drop(blocks: list[list[Node]], gone: set[tuple[int, int]] = gone) -> bool:
-                for b, block in enumerate(blocks):
-                    block[:] = [x for at, x in enumerate(block) if (b, at) not in gone]
-                return True
-
-            if len(gone) < len(stores) and (found := _changed(program, drop)):
-                yield found
+        yield from (range(start, min(start + width, count)) for start in range(0, count, width))
         width //= 2
+
+
+def _without_statements(program: Program) -> Iterator[Step]:
+    """Without some of the stores, and so without what only they read."""
+    stores = [(b, at) for b, block in enumerate(_blocks(program)) for at, x in enumerate(block) if x.op == "store"]
+    for chunk in _chunks(len(stores)):
+        gone = {stores[number] for number in chunk}
+
+        def drop(blocks: list[list[Node]], gone: set[tuple[int, int]] = gone) -> None:
+            for b, block in enumerate(blocks):
+                block[:] = [x for at, x in enumerate(block) if (b, at) not in gone]
+
+        if len(gone) < len(stores):
+            yield _changed(program, drop)
 
 
 def _rename(blocks: list[list[Node]], names: dict[str, str]) -> None:
@@ -120,13 +126,13 @@ def _rename(blocks: list[list[Node]], names: dict[str, str]) -> None:
             node.args = [names.get(x, x) for x in node.args]
 
 
-def _without_control(program: Program) -> Iterator[Program]:
+def _without_control(program: Program) -> Iterator[Step]:
     """A loop's body once or not at all, one side of a branch, a value carried in vain."""
     places = [(b, at) for b, block in enumerate(_blocks(program)) for at, x in enumerate(block) if x.blocks]
     for b, at in places:
         for way in range(2):
 
-            def unroll(blocks: list[list[Node]], b: int = b, at: int = at, way: int = way) -> bool:
+            def unroll(blocks: list[list[Node]], b: int = b, at: int = at, way: int = way) -> None:
                 node = blocks[b][at]
                 if node.op == "if":
                     inner, before = node.blocks[way], {}
@@ -145,15 +151,13 @@ def _without_control(program: Program) -> Iterator[Program]:
                 blocks[b][at : at + 1] = inner[:-1]
                 for x in blocks[b][at + len(inner[:-1]) :]:
                     x.args = [after.get(name, name) for name in x.args]
-                return True
 
-            if found := _changed(program, unroll):
-                yield found
+            yield _changed(program, unroll)
     for b, at in places:
         node = next(block for i, block in enumerate(_blocks(program)) if i == b)[at]
         for which in range(1 if node.op == "while" else 0, len(node.outs)):
 
-            def uncarry(blocks: list[list[Node]], b: int = b, at: int = at, which: int = which) -> bool:
+            def uncarry(blocks: list[list[Node]], b: int = b, at: int = at, which: int = which) -> None:
                 node = blocks[b][at]
                 name = node.outs.pop(which)
                 if node.op != "if":
@@ -163,37 +167,41 @@ def _without_control(program: Program) -> Iterator[Program]:
                 for block in node.blocks:
                     block[-1].args.pop(which)
                 _rename(blocks, {name: first})
-                return True
 
-            if found := _changed(program, uncarry):
-                yield found
+            yield _changed(program, uncarry)
 
 
-def _constants(program: Program) -> Iterator[Program]:
-    """A statement's results as constants."""
+def _constants(program: Program) -> Iterator[Step]:
+    """The results of some statements as constants."""
     kinds = _kinds(program)
-    for b, block in enumerate(list(_blocks(program))):
-        for at in reversed(range(len(block))):
-            node = block[at]
-            if node.op in ("full", "store", "yield", "affine", "bounds") or not node.outs:
-                continue
-            if any(name not in kinds for name in node.outs) or node.outs == ["own"]:
-                continue
+    places = [
+        (b, at)
+        for b, block in enumerate(_blocks(program))
+        for at, node in enumerate(block)
+        if node.op not in ("full", "store", "yield", "affine", "bounds")
+        and node.outs
+        and node.outs != ["own"]
+        and all(name in kinds for name in node.outs)
+    ][::-1]
+    for chunk in _chunks(len(places)):
 
-            def fix(blocks: list[list[Node]], b: int = b, at: int = at) -> bool:
+        def fix(blocks: list[list[Node]], chunk: range = chunk) -> None:
+            gone = {places[number] for number in chunk}
+            for b, block in enumerate(blocks):
                 new = []
-                for name in blocks[b][at].outs:
-                    kind, shape = kinds[name]
-                    value = True if kind == "int1" else 1.0 if kind in FLOATS else 1
-                    new.append(Node("full", [name], [], {"shape": list(shape), "value": value, "kind": kind}))
-                blocks[b][at : at + 1] = new
-                return True
+                for at, node in enumerate(block):
+                    new += [_constant(name, *kinds[name]) for name in node.outs] if (b, at) in gone else [node]
+                block[:] = new
 
-            if found := _changed(program, fix):
-                yield found
+        yield _changed(program, fix)
 
 
-def _simpler_arguments(program: Program) -> Iterator[Program]:
+def _constant(name: str, kind: str, shape: tuple[int, ...]) -> Node:
+    value = True if kind == "int1" else 1.0 if kind in FLOATS else 1
+    return Node("full", [name], [], {"shape": list(shape), "value": value, "kind": kind})
+
+
+def _simpler_arguments(program: Program) -> Iterator[Step]:
     """A result replaced by an operand of its type; plain addresses; no mask; nothing carried on from a loop."""
     kinds = _kinds(program)
     for b, block in enumerate(list(_blocks(program))):
@@ -202,21 +210,17 @@ def _simpler_arguments(program: Program) -> Iterator[Program]:
                 for arg in dict.fromkeys(node.args):
                     if kinds.get(arg) == kinds.get(node.outs[0]) and arg in kinds and node.op != "copy":
 
-                        def skip(blocks: list[list[Node]], b: int = b, at: int = at, arg: str = arg) -> bool:
+                        def skip(blocks: list[list[Node]], b: int = b, at: int = at, arg: str = arg) -> None:
                             name = blocks[b].pop(at).outs[0]
                             _rename(blocks, {name: arg})
-                            return True
 
-                        if found := _changed(program, skip):
-                            yield found
+                        yield _changed(program, skip)
             for simpler in _simpler(node):
 
-                def replace(blocks: list[list[Node]], b: int = b, at: int = at, simpler: Node = simpler) -> bool:
+                def replace(blocks: list[list[Node]], b: int = b, at: int = at, simpler: Node = simpler) -> None:
                     blocks[b][at] = copy.deepcopy(simpler)
-                    return True
 
-                if found := _changed(program, replace):
-                    yield found
+                yield _changed(program, replace)
 
 
 def _simpler(node: Node) -> Iterator[Node]:
@@ -248,48 +252,59 @@ def _simpler(node: Node) -> Iterator[Node]:
         yield other(node.args[:1], base=False)
 
 
-def _smaller_sizes(program: Program) -> Iterator[Program]:
+def _smaller_sizes(program: Program) -> Iterator[Step]:
     """Fewer programs, smaller arguments, every tile's size halved where it occurs."""
-    if program.grid != [1]:
-        other = copy.deepcopy(program)
+
+    def with_grid(other: Program) -> None:
         other.grid = [1]
-        yield other
+
+    if program.grid != [1]:
+        yield _edited(program, with_grid)
     for at, param in enumerate(program.params):
+        fills: set[int] | set[str] = set()
         if param.role == "scalar" and param.name != "slice" and isinstance(param.fill, int) and param.fill > 0:
-            for fill in {0, 1, param.fill - 1} - {param.fill}:
-                other = copy.deepcopy(program)
-                other.params[at].fill = fill
-                yield other
+            fills = {0, 1, param.fill - 1} - {param.fill}
         elif param.role == "input" and param.fill in ("normal", "full"):
-            other = copy.deepcopy(program)
-            other.params[at].fill = "whole" if param.kind in FLOATS else "small"
-            yield other
-    sizes = {size for node in walk(program.body) for size in node.attrs.get("shape", [])}
+            fills = {"whole" if param.kind in FLOATS else "small"}
+        for fill in fills:
+
+            def refill(other: Program, at: int = at, fill: object = fill) -> None:
+                other.params[at].fill = fill
+
+            yield _edited(program, refill)
+    sizes = {size for node in walk(program.body) for size in node.attrs.get("shape", [])} - {1}
     for size in sorted(sizes, reverse=True):
-        if size > 1:
-            for smaller in dict.fromkeys((1, size // 2)):
-                other = copy.deepcopy(program)
+        for smaller in dict.fromkeys((1, size // 2)):
+
+            def everywhere(other: Program, size: int = size, smaller: int = smaller) -> None:
                 for node in walk(other.body):
                     if "shape" in node.attrs:
                         node.attrs["shape"] = [smaller if x == size else x for x in node.attrs["shape"]]
-                yield other
-    for node_at, node in enumerate(walk(program.body)):
+
+            yield _edited(program, everywhere)
+    for number, node in enumerate(walk(program.body)):
         for axis, size in enumerate(node.attrs.get("shape", [])):
             if size > 1:
-                other = copy.deepcopy(program)
-                list(walk(other.body))[node_at].attrs["shape"][axis] = size // 2
-                yield other
-    if program.level:
-        other = copy.deepcopy(program)
+
+                def once(other: Program, number: int = number, axis: int = axis) -> None:
+                    list(walk(other.body))[number].attrs["shape"][axis] //= 2
+
+                yield _edited(program, once)
+
+    def with_level(other: Program) -> None:
         other.level = 0
-        yield other
+
+    if program.level:
+        yield _edited(program, with_level)
 
 
-def _unused(program: Program) -> Iterator[Program]:
+def _unused(program: Program) -> Iterator[Step]:
     """Without the arguments that nothing uses."""
     named = _read(program) | {x.attrs["buffer"] for x in walk(program.body) if "buffer" in x.attrs}
     params = [param for param in program.params if param.name in named]
+
+    def drop(other: Program) -> None:
+        other.params = copy.deepcopy(params)
+
     if len(params) < len(program.params):
-        other = copy.deepcopy(program)
-        other.params = params
-        yield other
+        yield _edited(program, drop)

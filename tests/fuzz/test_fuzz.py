@@ -20,7 +20,7 @@ from tests.fuzz.generate import generate
 from tests.fuzz.grammar import REQUIRED, STATEMENTS
 from tests.fuzz.interpreter import Interpreter
 from tests.fuzz.program import COMBINES, Program, source, walk
-from tests.fuzz.shrink import shrink
+from tests.fuzz.shrink import shrink, swept
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="the CPU engine needs a C++ compiler")
 FIRST_SEED, PROGRAMS, BATCH = 1, 150, 10
@@ -110,8 +110,9 @@ def test_a_few_hundred_programs_hold_most_of_the_covered_operations():
 
 
 def _first_with(op: str) -> Program:
+    """The first program in which something is made of what the operation gives."""
     for seed in range(200):
-        program = generate(seed)
+        program = swept(generate(seed))
         if any(node.op == op for node in walk(program.body)):
             return program
     raise AssertionError(op)

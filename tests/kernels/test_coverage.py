@@ -68,6 +68,19 @@ def test_halves_are_split_off_and_joined(n, dtype):
 
 
 @triton.jit
+def half_gather_kernel(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    even, odd = tl.split(tl.reshape(tl.load(x + tl.arange(0, 2 * N)), [N, 2]))
+    tl.store(y + i, tl.gather(odd, N - 1 - i, 0) + even)
+
+
+def test_a_half_is_gathered_from():
+    x, y = integers(32), torch.empty(16, dtype=torch.int32)
+    launch(half_gather_kernel, x=x, y=y, N=16)
+    assert torch.equal(y, x[1::2].flip(0) + x[::2])
+
+
+@triton.jit
 def gather_kernel(x, index, y, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, AXIS: tl.constexpr):
     i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     tile = tl.load(x + i[:, None] * N + j[None, :])
