@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+import triton
 
 from .config import FP_FUSION, Config
 from .errors import Unsupported
@@ -57,6 +57,11 @@ def argument_type(value: Any) -> str:
     raise TypeError(f"a kernel's argument must be a tensor, int, float or bool, got {type(value).__name__}")
 
 
+def is_interpreted(kernel: Any) -> bool:
+    """Whether ``triton.jit`` made the kernel one for Triton's interpreter, as it does under TRITON_INTERPRET=1."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any]]:
     """(types, constants) of a launch by argument name, in the kernel's order; ``constexpr`` stands among the types."""
     values = launch.args | launch.config.blocks
@@ -102,7 +107,7 @@ def run(launches: Iterable[Launch]) -> None:
     if not launches:
         return
     device = next(value.device for value in launches[0].args.values() if isinstance(value, torch.Tensor))
-    interpreted = isinstance(launches[0].kernel, InterpretedFunction)
+    interpreted = is_interpreted(launches[0].kernel)
     if device.type == "cpu" and not interpreted:
         _engine().run(launches)
         return

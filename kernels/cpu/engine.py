@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.runtime.interpreter import InterpretedFunction
 
 from ..errors import Unsupported, UnsupportedNow
-from ..launch import Launch, signature
+from ..launch import Launch, is_interpreted, signature
 from . import build, machine
 from .emit import ENTRY, generate
-from .frontend import ttir
+from .frontend import identity, ttir
 from .plan import Driver, Plan
 
 _HERE = Path(__file__).parent
@@ -33,11 +31,9 @@ def recipe(launch: Launch, level: machine.Level) -> build.Recipe:
     types, constants = signature(launch)
 
     def source() -> str:
-        with _frontend_lock:
-            text = ttir(kernel, types, constants)
-        return generate(text, level.lanes)
+        return generate(ttir(kernel, types, constants), level.lanes)
 
-    key = (kernel.cache_key, repr(sorted(types.items())), repr(sorted(constants.items())), *_versions())
+    key = (*identity(kernel), repr(sorted(types.items())), repr(sorted(constants.items())), _digest())
     return build.Recipe(kernel.__name__, key, source, level)
 
 
@@ -78,7 +74,6 @@ _building: dict[Any, threading.Lock] = {}
 _plans: dict[Any, Plan] = {}
 _MOST_PLANS = 1024  # of some 2 KiB a round; lengths may differ at every call
 _lock = threading.Lock()
-_frontend_lock = threading.Lock()  # Triton's front end is not made for several threads
 
 
 def run(launches: Sequence[Launch]) -> None:
@@ -104,7 +99,7 @@ def planned(
     plan = plans.get(key)
     if plan is None:
         made = list(launches())
-        if any(isinstance(launch.kernel, InterpretedFunction) for launch in made):
+        if any(is_interpreted(launch.kernel) for launch in made):
             return None
         names = list(tensors)
 
@@ -189,10 +184,10 @@ def forget() -> None:
 
 
 @lru_cache
-def _versions() -> tuple[str, ...]:
-    """Triton's version and a digest of the engine itself."""
+def _digest() -> str:
+    """Of the engine itself."""
     files = sorted([*_HERE.glob("*.py"), *_HERE.glob("*.h")])
-    return triton.__version__, hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @lru_cache

@@ -19,6 +19,12 @@ TESTED = ("3.6", "3.7", "3.8", "3.9")
 _lock = threading.Lock()  # Triton's front end is not made for several threads
 
 
+def identity(kernel: Any) -> tuple[str, str]:
+    """What the IR of ``kernel`` depends on beside a signature: (Triton's version, a digest of the source with all that
+    it calls and the globals that it reads)."""
+    return triton.__version__, kernel.cache_key
+
+
 def ttir(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
     """The optimised Triton IR of ``kernel``, with source locations, as text.
 

@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass, field
 
 from ..errors import Unsupported
+from .forms import unknown
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,8 @@ class _Parser:
         else:
             op, types = self.plain(name, rest)
         op.place = self.closing_place if op.regions else place
+        if surplus := unknown(name, op.text):
+            raise op.unsupported(f"the form {surplus!r}")
         for operand in op.operands:
             operand.users.append(op)
         if name == "tt.split" and len(types) == 1:  # one type is printed for both halves
