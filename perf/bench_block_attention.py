@@ -19,10 +19,12 @@ from fastattn.ops.block_attention import attend_blocks
 from perf.report import Row, rate_row, ratio_row, refuse_if_off
 
 HEADS, HEAD_DIM = 8, 64
+BACKWARD = ("block_attention_backward_dq", "block_attention_backward_dkv")
 MM_SIZE = 2048
 SECONDS = {1024: 6.0, 4096: 12.0, 16384: 40.0}
 DENSE_GOAL = 80.0
 BLOCK_GOALS = {64: 45.0, 128: 55.0, 256: 62.0}
+BACKWARD_BLOCK, BACKWARD_GOAL = 128, 45.0
 BLOCK_LENGTHS = (4096, 16384)  # goals are for these; a call at 1,024 is over in a fraction of a millisecond
 
 
@@ -37,6 +39,8 @@ def rows(lengths: tuple[int, ...] = (1024, 4096, 16384), seconds: dict[int, floa
             sizes |= {str(size): size for size in BLOCK_GOALS}
         calls: dict[str, Callable[[], object]] = {"mm": lambda: torch.mm(a, b)}
         calls |= {name: _call(length, size) for name, size in sizes.items()}
+        if length in BLOCK_LENGTHS:
+            calls["backward"] = _backward_call(length, BACKWARD_BLOCK)
         for call in calls.values():
             call()
         times = take_turns(calls, time.monotonic() + seconds[length], give_up=math.inf)
@@ -48,6 +52,10 @@ def rows(lengths: tuple[int, ...] = (1024, 4096, 16384), seconds: dict[int, floa
             yield rate_row(
                 f"engine: {what}, of torch.mm's rate", length, work, times[name], mm_flops, times["mm"], goal
             )
+        if "backward" in times:
+            what = f"engine: block attention backward, blocks of {BACKWARD_BLOCK}, of torch.mm's rate"
+            work = sum(_flops(length, BACKWARD_BLOCK, kernel) for kernel in BACKWARD)
+            yield rate_row(what, length, work, times["backward"], mm_flops, times["mm"], BACKWARD_GOAL)
 
 
 def _yardstick(a: Tensor, b: Tensor, seconds: float) -> Row:
@@ -81,6 +89,19 @@ def _check() -> None:
 
 def _call(length: int, block: int) -> Callable[[], object]:
     """One round of blocks of ``block`` rows, in a random order; in their own order where one block holds them all."""
+    q, k, v, q_index, k_index = _inputs(length, block)
+    return torch.inference_mode()(lambda: attend_blocks(q, k, v, q_index, k_index))
+
+
+def _backward_call(length: int, block: int) -> Callable[[], object]:
+    q, k, v, q_index, k_index = _inputs(length, block)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = attend_blocks(*leaves, q_index, k_index)
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def _inputs(length: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3))
 
@@ -91,13 +112,12 @@ def _call(length: int, block: int) -> Callable[[], object]:
             rows = torch.stack([torch.randperm(length, generator=generator) for _ in range(HEADS)])
         return rows.int().reshape(1, HEADS, 1, length // block, block).contiguous()
 
-    q_index, k_index = index(), index()
-    return torch.inference_mode()(lambda: attend_blocks(q, k, v, q_index, k_index))
+    return q, k, v, index(), index()
 
 
-def _flops(length: int, block: int) -> float:
+def _flops(length: int, block: int, kernel: str = "block_attention_forward") -> float:
     return cost(
-        "block_attention_forward", batch=1, heads=HEADS, rounds=1, n_blocks=length // block, c_q=block, c_k=block,
+        kernel, batch=1, heads=HEADS, rounds=1, n_blocks=length // block, c_q=block, c_k=block,
         head_dim=HEAD_DIM, value_dim=HEAD_DIM,
     ).flops  # fmt: skip
 

@@ -449,11 +449,28 @@ def _next(draft: Draft, name: str, counts: bool) -> str:
     kind, shape = draft.kinds[name]
     if counts:
         return draft.add("add", [name, draft.constant_of("int32", (), 1 + draft.below(2))], "int32", ())
+    others = [x for x in draft.carried if x != name and draft.kinds[x] == (kind, shape)]
+    if others and draft.chance(0.35):  # they change places
+        return draft.one(others)
+    if shape and kind in ("fp32", "int32", "int64") and draft.chance(0.3):
+        return draft.tamed(_mixed(draft, name))
     value = draft.value(kind, shape)
     if draft.chance(0.4):  # a sum that grows, as most loops have it
         op = "xor" if kind == "int1" else "add"
         value = draft.add(op, [name, value], kind, shape, draft.size[name] + draft.size[value])
     return draft.tamed(value)
+
+
+def _mixed(draft: Draft, name: str) -> str:
+    """A tile of which each element comes of several of the old one, so that it can't be made in the old one's place."""
+    kind, shape = draft.kinds[name]
+    if len(shape) == 2 and shape[0] == shape[1] and draft.has("permute"):
+        other = draft.turned(name)
+    else:
+        axis = draft.below(len(shape))
+        least = (*shape[:axis], 1, *shape[axis + 1 :])
+        other = draft.add(draft.one(["max", "min"]), [name], kind, least, draft.size[name], axis=axis, keep=True)
+    return draft.add(draft.one(["add", "sub"]), [name, other], kind, shape, 2 * draft.size[name])
 
 
 def _loop(draft: Draft, op: str) -> None:
