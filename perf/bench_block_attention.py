@@ -95,10 +95,11 @@ def _call(length: int, block: int) -> Callable[[], object]:
 
 def _backward_call(length: int, block: int) -> Callable[[], object]:
     q, k, v, q_index, k_index = _inputs(length, block)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, _ = attend_blocks(*leaves, q_index, k_index)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, _ = attend_blocks(q, k, v, q_index, k_index)
     dout = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
 
 def _inputs(length: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
