@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from .check import Report, check, keep, shrunk
 from .compare import EXEMPTIONS
 from .generate import FEATURES
-from .grammar import REQUIRED
 from .interpreter import Interpreter
+from .required import REQUIRED
 
 BATCH = 10
 ENOUGH = 2000  # programs after which every operation must have been met

@@ -17,9 +17,10 @@ from tests.fuzz.check import MOST_UNKNOWN, REGRESSIONS, Report, check, door_fail
 from tests.fuzz.compare import difference
 from tests.fuzz.evaluate import Ambiguous, Evaluator
 from tests.fuzz.generate import generate
-from tests.fuzz.grammar import REQUIRED, STATEMENTS
+from tests.fuzz.grammar import STATEMENTS
 from tests.fuzz.interpreter import Interpreter
 from tests.fuzz.program import COMBINES, Program, source, walk
+from tests.fuzz.required import REQUIRED
 from tests.fuzz.shrink import shrink, swept
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="the CPU engine needs a C++ compiler")
