@@ -15,7 +15,7 @@ from fastattn.autotune.choice import lookup
 from fastattn.autotune.tune import Problem, Tensors
 from fastattn.kernels import block_attention as kernels
 from fastattn.kernels.config import Config, TuningSpace
-from fastattn.kernels.launch import Launch, run
+from fastattn.kernels.launch import Launch, device_kind, run
 
 PATTERN = kernels.Pattern()  # SMYRF's: each block meets its own block of keys
 # (q, k, v, q_index, k_index, *, scale) -> (out, lse), differentiable, in the inputs' dtype
@@ -96,7 +96,7 @@ def problems(
             shape=sizes.shape(),
             flags=vars(PATTERN),
             sizes=dict(vars(sizes)),
-            candidates=candidates(name, _kind(device), sizes, dtype.itemsize),
+            candidates=candidates(name, device_kind(device), sizes, dtype.itemsize),
             run=launch,
             outputs=tuple(tensors[x] for x in written),
             expected=tuple(exact[x] for x in written),
@@ -148,10 +148,6 @@ def launches_ahead(
                     pattern=pattern, config=config, first=is_first,
                 )  # fmt: skip
                 yield f"{kernel}, tile {tile}, {'first round' if is_first else 'later rounds'}{flags}", launch
-
-
-def _kind(device: torch.device) -> str:
-    return "hip" if torch.version.hip and device.type == "cuda" else device.type
 
 
 def _doublings(a: Config, b: Config) -> float:

@@ -9,7 +9,7 @@ for dq and one for dk, dv. Index blocks partition the rows of a round, so each r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +18,10 @@ import triton
 import triton.language as tl
 
 from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
-from .launch import Launch, dot_precision, run_planned
+from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
+from .tiles import head_of, load_index, load_rows, store_rows
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Gathers rows into [len(rows), BLOCK_DIM]; row -1 and columns from DIM on read as 0."""
-    columns = tl.arange(0, BLOCK_DIM)
-    mask = (rows >= 0)[:, None]
-    if BLOCK_DIM != DIM:
-        mask = mask & (columns < DIM)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, rows, stride, value, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    columns = tl.arange(0, BLOCK_DIM)
-    mask = (rows >= 0)[:, None]
-    if BLOCK_DIM != DIM:
-        mask = mask & (columns < DIM)[None, :]
-    value = value.to(base.dtype.element_ty)
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], value, mask=mask)
-
-
-@triton.jit
-def load_index(base, block, size, start, is_block, BLOCK: tl.constexpr):
-    """The row numbers start .. start + BLOCK - 1 of an index block; -1 beyond its end, or where there is no block."""
-    offsets = start + tl.arange(0, BLOCK)
-    return tl.load(base + block.to(tl.int64) * size + offsets, mask=(offsets < size) & is_block, other=-1)
 
 
 @triton.jit
@@ -58,12 +32,6 @@ def place(n_blocks, n_tiles):
     pid = tl.program_id(0)
     row = (pid // (n_blocks * n_tiles)).to(tl.int64)
     return row, pid % (n_blocks * n_tiles) // n_tiles, pid % n_tiles
-
-
-@triton.jit
-def head_of(base, row, n_heads, group_size, stride_b, stride_h):
-    """Where a head begins, in a tensor that has one for ``group_size`` query heads."""
-    return base + row // n_heads * stride_b + row % n_heads // group_size * stride_h
 
 
 @triton.jit
@@ -326,14 +294,6 @@ class Pattern:
     exclude_self: bool = False
 
 
-# (kernel, device, dtype, shape, flags) -> the tuned configuration, or None: then the heuristic's is taken
-Lookup = Callable[[str, torch.device, torch.dtype, Mapping[str, int], Mapping[str, Any]], Config | None]
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
-
-
 def launches_of(
     kernel: str, tensors: Mapping[str, torch.Tensor], pattern: Pattern, scale: float, config: Mapping[str, Config]
 ) -> Iterator[Launch]:
@@ -344,9 +304,7 @@ def launches_of(
     n_keys, value_dim = v.shape[2:]
     _, _, n_rounds, n_blocks, c_q = tensors["q_index"].shape
     c_k = tensors["k_index"].shape[-1]
-    chosen = config.get(kernel) or heuristic(
-        kernel, "hip" if torch.version.hip and q.is_cuda else q.device.type, c_q, c_k, head_dim, q.element_size()
-    )
+    chosen = config.get(kernel) or heuristic(kernel, device_kind(q.device), c_q, c_k, head_dim, q.element_size())
     args: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         args |= dict(zip((f"{name}_stride_{axis}" for axis in "bhn"), tensor.stride(), strict=False))
@@ -401,7 +359,7 @@ def forward(
     while ``stamp`` stays the same. Returns out (B, H, N, Dv) in q's dtype and lse (B, H, N) in fp32; a row that meets
     no key has 0 and -inf. Raises what :func:`~fastattn.kernels.launch.run` does.
     """
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, n_queries, _ = q.shape
     # what fp32 tensors are made from: to name the dtype for each costs 0.5 to 1 us
     fp32 = q if q.dtype == torch.float32 else q.new_empty((), dtype=torch.float32)
@@ -421,7 +379,7 @@ def backward(
     lookup: Lookup | None = None, stamp: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv) from dout (B, H, N, Dv) and what :func:`forward` returned; the same options."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     dout, lse = dout.contiguous(), lse.contiguous()
     batch, heads, _, head_dim = q.shape
     kv_heads, n_keys, value_dim = v.shape[1:]

@@ -20,6 +20,8 @@ _TRITON_TYPES = {
     torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
 }  # fmt: skip
+# (kernel, device, dtype, shape, flags) -> the tuned configuration, or None: then the kernel's heuristic is taken
+Lookup = Callable[[str, torch.device, torch.dtype, Mapping[str, int], Mapping[str, Any]], Config | None]
 _POINTER_TYPES = {dtype: "*" + name for dtype, name in _TRITON_TYPES.items()}
 
 
@@ -42,6 +44,16 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
         return "ieee"
     return "tf32"
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with neighbouring elements of its last dimension side by side in memory, copied only where they are not."""
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+
+
+def device_kind(device: torch.device) -> str:
+    """``"cpu"``, ``"cuda"``, ``"hip"`` or ``"xpu"``: what heuristics tell apart, where torch calls AMD's GPUs cuda."""
+    return "hip" if torch.version.hip and device.type == "cuda" else device.type
 
 
 def argument_type(value: Any) -> str:

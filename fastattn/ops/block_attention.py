@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.autotune.choice import lookup, stamp
-from fastattn.kernels.errors import Unsupported
 from fastattn.kernels.rows import check_rows
 from fastattn.ops import checks
 from fastattn.ops.autocast import cast_inputs, no_autocast
+from fastattn.ops.fallback import fused_or_defined, kernel_room
 from fastattn.ops.library import define_autograd, define_op, refuse_gradient
 from fastattn.reference import block_attention as reference
 
 SELF_MODES = ("attend", "exclude")
 
 _FLAGS = ("look_back", "look_ahead", "wrap", "is_causal", "exclude_self")
-_warned: set[str] = set()
 
 
 def block_attention(
@@ -166,39 +162,19 @@ def _reference_options(flags: Sequence[Any], scale: float) -> dict[str, Any]:
     return options | {"scale": scale}
 
 
-@lru_cache
-def _kernel() -> ModuleType:
-    """The kernel's module. Imported at the first call: it needs Triton, which ``import fastattn`` does not."""
-    try:
-        from fastattn.kernels import block_attention as kernel
-    except ModuleNotFoundError as error:
-        raise Unsupported(f"{error.name} is not installed") from error
-    return kernel
-
-
-def _warn_or_raise(error: Unsupported, fallback: bool) -> None:
-    if not fallback:
-        raise error
-    reason = str(error)
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"fastattn runs block attention by its PyTorch definition, because {reason}. "
-            "Results are right, but it takes more time and memory.",
-            stacklevel=3,
-        )
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *flags, scale, fallback = options
-    try:
+
+    def fused() -> tuple[Tensor, Tensor]:
         rows = (q_index.contiguous(), k_index.contiguous())
-        return _kernel().forward(q, k, v, *rows, scale, *flags, lookup, stamp())
-    except Unsupported as error:
-        _warn_or_raise(error, fallback)
-    _check_rows(q, k, q_index, k_index)
-    with no_autocast(q.device.type):
-        return reference.block_attention(q, k, v, q_index, k_index, **_reference_options(flags, scale))
+        return kernel_room("block_attention").forward(q, k, v, *rows, scale, *flags, lookup, stamp())
+
+    def defined() -> tuple[Tensor, Tensor]:
+        _check_rows(q, k, q_index, k_index)
+        with no_autocast(q.device.type):
+            return reference.block_attention(q, k, v, q_index, k_index, **_reference_options(flags, scale))
+
+    return fused_or_defined("block attention", fused, defined, fallback=fallback)
 
 
 def _backward(
@@ -213,15 +189,19 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *flags, scale, fallback = options
-    try:
+
+    def fused() -> tuple[Tensor, Tensor, Tensor]:
         rows = (q_index.contiguous(), k_index.contiguous())
-        return _kernel().backward(dout, q, k, v, *rows, out, lse, scale, *flags, lookup, stamp())
-    except Unsupported as error:
-        _warn_or_raise(error, fallback)
-    _check_rows(q, k, q_index, k_index)
-    tensors = (dout, q, k, v, q_index, k_index, out, lse)
-    with no_autocast(q.device.type):
-        return reference.block_attention_backward(*tensors, **_reference_options(flags, scale))
+        room = kernel_room("block_attention")
+        return room.backward(dout, q, k, v, *rows, out, lse, scale, *flags, lookup, stamp())
+
+    def defined() -> tuple[Tensor, Tensor, Tensor]:
+        _check_rows(q, k, q_index, k_index)
+        tensors = (dout, q, k, v, q_index, k_index, out, lse)
+        with no_autocast(q.device.type):
+            return reference.block_attention_backward(*tensors, **_reference_options(flags, scale))
+
+    return fused_or_defined("block attention", fused, defined, fallback=fallback)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

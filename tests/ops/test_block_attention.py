@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn.kernels.config import Config
 from fastattn.kernels.errors import Unsupported
 from fastattn.ops import block_attention as op
+from fastattn.ops import fallback
 from fastattn.ops.block_attention import block_attention
 from fastattn.reference import block_attention as reference
 from tests.accuracy import assert_as_accurate
@@ -242,8 +243,8 @@ class TestChoiceOfImplementation:
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise Unsupported("the moon is full")
 
-        monkeypatch.setattr(op, "_kernel", lambda: SimpleNamespace(forward=refuse, backward=refuse))
-        monkeypatch.setattr(op, "_warned", set())
+        monkeypatch.setattr(op, "kernel_room", lambda room: SimpleNamespace(forward=refuse, backward=refuse))
+        monkeypatch.setattr(fallback, "_warned", set())
 
     @pytest.mark.usefixtures("lacking")
     def test_falls_back_to_the_definition_with_one_warning_for_a_reason(self) -> None:
