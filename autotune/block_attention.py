@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -125,29 +125,46 @@ def launches_ahead(
     """(name, launch) of all that calls on the CPU run, for who wants it built before: on tensors without memory.
 
     Tiles are those of the kernels' heuristic, and the tuned ones where there are some. every_pattern: also what causal
-    calls, calls without a query's own key and calls without wrapping run, and not only SMYRF.
+    SMYRF and Reformer run, and all of these with corrected duplicates and a local round of blocks as large.
     """
     sizes = Sizes(length=max(4096, cluster_size), cluster_size=cluster_size, head_dim=head_dim, value_dim=head_dim)
-    booleans = (False, True)
-    patterns = [PATTERN]
-    if every_pattern:
-        patterns = [
-            kernels.Pattern(wrap=not unwrapped, is_causal=is_causal, exclude_self=exclude_self)
-            for unwrapped, is_causal, exclude_self in product(booleans, repeat=3)
-        ]
-    for kernel, pattern in product(kernels.KERNELS, patterns):
-        first = kernels.heuristic(kernel, "cpu", cluster_size, cluster_size, head_dim, dtype.itemsize)
+    patterns = _patterns_of_methods() if every_pattern else [PATTERN]
+    for kernel, pattern in product(kernels.TUNING, patterns):
+        block = (cluster_size, cluster_size, head_dim, dtype.itemsize)
+        first = kernels.heuristic(kernel, "cpu", *block, pattern)
         tuned = lookup(kernel, torch.device("cpu"), dtype, sizes.shape(), vars(pattern))
-        flags = "".join(f", {name}" for name in ("is_causal", "exclude_self") if getattr(pattern, name))
-        flags += "" if pattern.wrap else ", no wrap"
+        rounds = {"first round": {"first": True}, "later rounds": {"first": False}}
+        if pattern.own_key and kernel != "block_attention_forward":
+            rounds = {"every round": {"first": False}}
+        if every_pattern:
+            rounds["local round"] = {"local": True}
         for config in dict.fromkeys([first] if tuned is None else [first, tuned]):
             tile = " x ".join(str(size) for size in config.blocks.values())
-            for is_first in (True, False):
+            for name, which in rounds.items():
                 launch = kernels.example_launch(
                     kernel, dtype, head_dim=head_dim, c_q=cluster_size, c_k=cluster_size, device_type="cpu",
-                    pattern=pattern, config=config, first=is_first,
+                    pattern=pattern, config=config, **which,
                 )  # fmt: skip
-                yield f"{kernel}, tile {tile}, {'first round' if is_first else 'later rounds'}{flags}", launch
+                yield f"{kernel}, tile {tile}, {name}{_flags(pattern)}", launch
+    own_key = dict.fromkeys(replace(kernels.Pattern(), last_resort=p.last_resort, once=p.once) for p in patterns)
+    for kernel, pattern in product([name for name in kernels.KERNELS if name not in kernels.TUNING], own_key):
+        if pattern.own_key:
+            launch = kernels.example_launch(kernel, dtype, head_dim=head_dim, device_type="cpu", pattern=pattern)
+            yield f"{kernel}{_flags(pattern)}", launch
+
+
+def _patterns_of_methods() -> list[kernels.Pattern]:
+    """Plain SMYRF and a causal one; Reformer, causal or not, whose looking back is no build of its own. With duplicates
+    counted as they come, and once."""
+    reformer = kernels.Pattern(exclude_self=True, last_resort=True)
+    patterns = [PATTERN, kernels.Pattern(is_causal=True, exclude_self=True, once=True), reformer]
+    patterns.append(replace(reformer, is_causal=True))
+    return [replace(pattern, correct_duplicates=corrected) for corrected in (False, True) for pattern in patterns]
+
+
+def _flags(pattern: kernels.Pattern) -> str:
+    """In words, what is not as in plain SMYRF."""
+    return "".join(f", {name}" for name, value in vars(pattern).items() if value is True and name != "wrap")
 
 
 def _doublings(a: Config, b: Config) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 # How much work there is; what a block costs hardly depends on it. A row measured at the nearest count serves.
-COUNTS = frozenset({"batch", "heads", "rounds", "n_blocks"})
+COUNTS = frozenset({"batch", "heads", "rounds", "n_blocks", "n_queries", "n_keys", "n_clusters", "n_rows"})
 # The tensor core's least tile, to which kernels pad a head dim.
 _LEAST_DIM = 16
 

@@ -28,9 +28,10 @@ _POINTER_TYPES = {dtype: "*" + name for dtype, name in _TRITON_TYPES.items()}
 @dataclass(frozen=True)
 class Launch:
     """kernel: a ``triton.jit`` function. grid: numbers of programs. args: every argument but the block sizes, by name,
-    ``constexpr`` ones included; a tensor's name may end in ``_ptr``. config: the block sizes and the compiler's knobs.
-    rows: the tensor arguments that hold row numbers, contiguous int32, and how many rows there are: their values are
-    checked before anything runs (:func:`~fastattn.kernels.rows.check_rows`)."""
+    ``constexpr`` ones included; a tensor's name may end in ``_ptr``, and None is an argument that is not there.
+    config: the block sizes and the compiler's knobs. rows: the tensor arguments that hold row numbers, contiguous
+    int32, and how many rows there are: their values are checked before anything runs
+    (:func:`~fastattn.kernels.rows.check_rows`)."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -79,7 +80,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any]]:
     values = launch.args | launch.config.blocks
     types, constants = {}, {}
     for name, is_constant in _parameters(launch.kernel):
-        if is_constant:
+        if is_constant or values[name] is None:  # an argument that is not there, as in Triton
             types[name], constants[name] = "constexpr", values[name]
         else:
             types[name] = argument_type(values[name])

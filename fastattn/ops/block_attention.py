@@ -17,9 +17,8 @@ from fastattn.ops.fallback import fused_or_defined, kernel_room
 from fastattn.ops.library import define_autograd, define_op, refuse_gradient
 from fastattn.reference import block_attention as reference
 
-SELF_MODES = ("attend", "exclude")
-
-_FLAGS = ("look_back", "look_ahead", "wrap", "is_causal", "exclude_self")
+SELF_MODES = ("attend", "exclude", "last_resort", "once")
+LocalIndex = tuple[Tensor, Tensor]
 
 
 def block_attention(
@@ -35,7 +34,13 @@ def block_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     self_mode: str = "attend",
+    q_bucket: Tensor | None = None,
+    k_bucket: Tensor | None = None,
+    local_index: LocalIndex | None = None,
+    correct_duplicates: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor = 0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each block of query rows attends to its block of key rows and to neighbouring ones, in several rounds.
@@ -59,8 +64,23 @@ def block_attention(
             no neighbours.
         key_mask: (B, S) bool, True for keys that take part.
         is_causal: a query attends only to keys whose row is not after its own.
-        self_mode: "attend", or "exclude": a query does not attend to the key of its own row.
+        self_mode: what a query has of the key of its own row. "attend": it is a key like others. "exclude": nothing.
+            "last_resort": out = v_i and lse = scale * q_i . k_i where no round offers another key, whose gradient goes
+            to v_i alone (Reformer). "once": it counts exactly once, whatever the blocks are. In both, a row that is in
+            no block, or whose own key is masked, has no own key; N must be S.
+        q_bucket: (B, H, R, N) and k_bucket: (B, H, R, S), int32: where given, a pair counts only where its buckets are
+            equal. A key's is that of the round whose block it stands in; with ``wrap`` this may be a neighbouring
+            round, whose buckets equal none of this one's.
+        local_index: (q_index (B, H, 1, nb', Cq'), k_index (B, H, 1, nb', Ck')): one more round after the others, of
+            blocks of another size, which look neither back nor ahead and ask for no bucket.
+        correct_duplicates: a key met several times, in several rounds or in one window round the end, counts once: as
+            if the logarithm of how often it is met were taken off its logits. Takes O(R * (N + S)) memory.
         scale: factor of q . k; None is 1 / sqrt(D).
+        dropout_p: the probability with which each attention probability is set to 0, in [0, 1); the others are divided
+            by 1 - dropout_p, and lse is not changed. The only key of a row in "last_resort" stays.
+        seed: of dropout, from 0 to 2^63 - 1, or such a number in an int64 tensor without dimensions. The draw is a
+            function of (seed, batch index, head, round, query row, key row), the same on every device and in the
+            definition (Philox, see :mod:`fastattn.reference.dropout`).
         impl: None runs the fused kernel, or its PyTorch definition, with one warning, where this machine can't run it;
             "triton" raises :class:`~fastattn.kernels.errors.Unsupported` there; "reference" always runs the definition,
             under plain autograd (fp64 and second derivatives too, memory O(R * N * C)).
@@ -90,10 +110,21 @@ def block_attention(
     checks.check_bool("wrap", wrap)
     checks.check_bool("is_causal", is_causal)
     checks.check_choice("self_mode", self_mode, SELF_MODES)
+    if self_mode in ("last_resort", "once") and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"self_mode={self_mode!r} needs as many keys as queries, got {q.shape[2]} queries and {k.shape[2]} keys"
+        )
     checks.check_mask("key_mask", key_mask, k.shape[0], k.shape[2], q.device)
+    if (q_bucket is None) != (k_bucket is None):
+        missing, given = ("q_bucket", "k_bucket") if q_bucket is None else ("k_bucket", "q_bucket")
+        raise ValueError(f"{missing} must be given where {given} is, got None")
+    if q_bucket is not None and k_bucket is not None:
+        _check_bucket("q_bucket", q_bucket, q_index, q.shape[2])
+        _check_bucket("k_bucket", k_bucket, k_index, k.shape[2])
+    _check_local_index(local_index, q)
+    checks.check_bool("correct_duplicates", correct_duplicates)
     checks.check_scale(scale)
-    if key_mask is not None:
-        k_index = reference.fold_key_mask(k_index, key_mask)
+    check_dropout(dropout_p, seed, q.device)
     return attend_blocks(
         q,
         k,
@@ -103,9 +134,16 @@ def block_attention(
         look_back=look_back,
         look_ahead=look_ahead,
         wrap=wrap,
+        key_mask=key_mask,
         is_causal=is_causal,
-        exclude_self=self_mode == "exclude",
+        self_mode=self_mode,
+        q_bucket=q_bucket,
+        k_bucket=k_bucket,
+        local_index=local_index,
+        correct_duplicates=correct_duplicates,
         scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
         impl=impl,
     )
 
@@ -120,21 +158,57 @@ def attend_blocks(
     look_back: int = 0,
     look_ahead: int = 0,
     wrap: bool = True,
+    key_mask: Tensor | None = None,
     is_causal: bool = False,
-    exclude_self: bool = False,
+    self_mode: str = "attend",
+    q_bucket: Tensor | None = None,
+    k_bucket: Tensor | None = None,
+    local_index: LocalIndex | None = None,
+    correct_duplicates: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor = 0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`block_attention` for methods, which have checked their arguments and cast them already."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    flags = (look_back, look_ahead, wrap, is_causal, exclude_self)
+    if key_mask is not None:
+        k_index = reference.fold_key_mask(k_index, key_mask)
+        if local_index is not None:
+            local_index = (local_index[0], reference.fold_key_mask(local_index[1], key_mask))
+        if self_mode in ("attend", "exclude"):
+            key_mask = None  # the indices hold all there is of it
+    draw = None
+    if dropout_p > 0:
+        draw = seed if isinstance(seed, Tensor) else q.new_full((), seed, dtype=torch.int64)
+    flags = (look_back, look_ahead, wrap, is_causal, self_mode, correct_duplicates, dropout_p)
+    tensors = (key_mask, q_bucket, k_bucket, *(local_index or (None, None)), draw)
     if impl != "reference":
-        return _FORWARD(q, k, v, q_index, k_index, *flags, scale, impl is None)
-    _check_rows(q, k, q_index, k_index)
-    options = _reference_options(flags, scale)
+        options = ()
+        if flags != _DEFAULTS or any(tensor is not None for tensor in tensors):
+            options = (*flags, *tensors)  # where left out, they cost nothing on their way through torch
+        return _FORWARD(q, k, v, q_index, k_index, scale, impl is None, *options)
+    named = _define(q, k, q_index, k_index, scale, flags, tensors)
     with no_autocast(q.device.type):
-        out, lse = reference.block_attention(q, k, v, q_index, k_index, **options)
+        out, lse = reference.block_attention(q, k, v, q_index, k_index, **named)
     return out, lse.detach()
+
+
+def check_dropout(dropout_p: object, seed: object, device: torch.device) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or a torch.int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must have no dimensions as a tensor, got shape {tuple(seed.shape)}")
+        checks.check_device("seed", seed, device)
+        return
+    checks.check_int("seed", seed, 0)
+    if isinstance(seed, int) and seed >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
 
 
 def _check_index(name: str, index: Tensor, q: Tensor) -> None:
@@ -150,29 +224,72 @@ def _check_index(name: str, index: Tensor, q: Tensor) -> None:
     checks.check_device(name, index, q.device)
 
 
-def _check_rows(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor) -> None:
-    """For the definition; kernels have it done by whoever launches them."""
-    check_rows("q_index", q_index, q.shape[2])
-    check_rows("k_index", k_index, k.shape[2])
+def _check_local_index(local_index: object, q: Tensor) -> None:
+    if local_index is None:
+        return
+    if not isinstance(local_index, tuple) or len(local_index) != 2:
+        raise TypeError(f"local_index must be a tuple (q_index, k_index) or None, got {type(local_index).__name__}")
+    for at, index in enumerate(local_index):
+        checks.check_tensors(**{f"local_index[{at}]": index})
+        _check_index(f"local_index[{at}]", index, q)
+        if index.shape[2] != 1:
+            raise ValueError(f"local_index[{at}] must have one round, got shape {tuple(index.shape)}")
+    if local_index[0].shape[3] != local_index[1].shape[3]:
+        shapes = " and ".join(str(tuple(index.shape)) for index in local_index)
+        raise ValueError(f"local_index must have as many blocks of keys as of queries, got shapes {shapes}")
 
 
-def _reference_options(flags: Sequence[Any], scale: float) -> dict[str, Any]:
-    options: dict[str, Any] = dict(zip(_FLAGS, flags, strict=True))
-    options["self_mode"] = "exclude" if options.pop("exclude_self") else "attend"
+def _check_bucket(name: str, bucket: object, index: Tensor, length: int) -> None:
+    checks.check_tensors(**{name: bucket})
+    assert isinstance(bucket, Tensor)
+    if bucket.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {bucket.dtype}")
+    if bucket.shape != (*index.shape[:3], length):
+        raise ValueError(
+            f"{name} must have shape (batch, heads, rounds, length) = {(*index.shape[:3], length)}, "
+            f"got {tuple(bucket.shape)}"
+        )
+    checks.check_device(name, bucket, index.device)
+
+
+# what a call has besides its five tensors, scale and fallback, in the op's order
+_FLAGS = ("look_back", "look_ahead", "wrap", "is_causal", "self_mode", "correct_duplicates", "dropout_p")
+_DEFAULTS = (0, 0, True, False, "attend", False, 0.0)
+_TENSORS = ("key_mask", "q_bucket", "k_bucket", "local_index_q", "local_index_k", "seed")
+_N_SCALARS = 2 + len(_FLAGS)
+
+
+def _define(
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, scale: float, flags: Sequence[Any], tensors: Sequence[Any]
+) -> dict[str, Any]:
+    """The options of the definition, whose row numbers are checked here; kernels have it done by who launches them."""
+    options: dict[str, Any] = {}
+    options |= zip(_FLAGS, flags, strict=False)
+    options |= zip(_TENSORS, tensors, strict=False)
+    indices = {"q_index": (q_index, q), "k_index": (k_index, k)}
+    local = options.pop("local_index_q", None), options.pop("local_index_k", None)
+    if local[0] is not None:
+        options["local_index"] = local
+        indices |= {"local_index_q": (local[0], q), "local_index_k": (local[1], k)}
+    for name, (index, x) in indices.items():
+        check_rows(name, index, x.shape[2])
+    if options.get("seed") is None:
+        options.pop("seed", None)
     return options | {"scale": scale}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *flags, scale, fallback = options
+    scale, fallback, *others = options
 
     def fused() -> tuple[Tensor, Tensor]:
-        rows = (q_index.contiguous(), k_index.contiguous())
-        return kernel_room("block_attention").forward(q, k, v, *rows, scale, *flags, lookup, stamp())
+        rows, room = (q_index.contiguous(), k_index.contiguous()), kernel_room("block_attention")
+        return room.forward(q, k, v, *rows, scale, *others, lookup=lookup, stamp=stamp())
 
     def defined() -> tuple[Tensor, Tensor]:
-        _check_rows(q, k, q_index, k_index)
+        flags, tensors = options[2:_N_SCALARS], options[_N_SCALARS:]
+        named = _define(q, k, q_index, k_index, scale, flags, tensors)
         with no_autocast(q.device.type):
-            return reference.block_attention(q, k, v, q_index, k_index, **_reference_options(flags, scale))
+            return reference.block_attention(q, k, v, q_index, k_index, **named)
 
     return fused_or_defined("block attention", fused, defined, fallback=fallback)
 
@@ -188,18 +305,18 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *flags, scale, fallback = options
+    scale, fallback, *flags = options[:_N_SCALARS]
+    tensors = options[_N_SCALARS:]
 
     def fused() -> tuple[Tensor, Tensor, Tensor]:
-        rows = (q_index.contiguous(), k_index.contiguous())
-        room = kernel_room("block_attention")
-        return room.backward(dout, q, k, v, *rows, out, lse, scale, *flags, lookup, stamp())
+        rows, room = (q_index.contiguous(), k_index.contiguous()), kernel_room("block_attention")
+        return room.backward(dout, q, k, v, *rows, out, lse, scale, *flags, *tensors, lookup=lookup, stamp=stamp())
 
     def defined() -> tuple[Tensor, Tensor, Tensor]:
-        _check_rows(q, k, q_index, k_index)
-        tensors = (dout, q, k, v, q_index, k_index, out, lse)
+        named = _define(q, k, q_index, k_index, scale, flags, tensors)
+        given = (dout, q, k, v, q_index, k_index, out, lse)
         with no_autocast(q.device.type):
-            return reference.block_attention_backward(*tensors, **_reference_options(flags, scale))
+            return reference.block_attention_backward(*given, **named)
 
     return fused_or_defined("block attention", fused, defined, fallback=fallback)
 
@@ -214,8 +331,13 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# as _FLAGS, scale, fallback
-_OPTIONS = "int look_back, int look_ahead, bool wrap, bool is_causal, bool exclude_self, float scale, bool fallback"
+# scale, fallback, as _FLAGS, as _TENSORS
+_OPTIONS = (
+    "float scale, bool fallback, int look_back=0, int look_ahead=0, bool wrap=True, bool is_causal=False,"
+    " str self_mode='attend', bool correct_duplicates=False, float dropout_p=0.0, Tensor? key_mask=None,"
+    " Tensor? q_bucket=None, Tensor? k_bucket=None, Tensor? local_index_q=None, Tensor? local_index_k=None,"
+    " Tensor? seed=None"
+)
 _FORWARD = define_op(
     f"block_attention(Tensor q, Tensor k, Tensor v, Tensor q_index, Tensor k_index, {_OPTIONS})"
     " -> (Tensor out, Tensor lse)",
@@ -234,16 +356,17 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = below(*args)
-        ctx.save_for_backward(*args[:5], out, lse)
-        ctx.options = args[5:]
+        ctx.options = args[5 : 5 + _N_SCALARS]
+        ctx.save_for_backward(*args[:5], out, lse, *args[5 + _N_SCALARS :])
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, q_index, k_index, out, lse = ctx.saved_tensors
-        dq, dk, dv = _BACKWARD(grads[0], q, k, v, q_index, k_index, out, lse, *ctx.options)
-        return None, dq, dk, dv, *(None for _ in range(2 + len(ctx.options)))
+        q, k, v, q_index, k_index, out, lse, *tensors = ctx.saved_tensors
+        options = (*ctx.options, *tensors)
+        dq, dk, dv = _BACKWARD(grads[0], q, k, v, q_index, k_index, out, lse, *options)
+        return None, dq, dk, dv, *(None for _ in range(2 + len(options)))
 
 
 define_autograd(_FORWARD, _BlockAttention)

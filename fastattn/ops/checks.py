@@ -50,16 +50,20 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
 
 
+def check_dtype(name: str, tensor: Tensor, impl: str | None) -> None:
+    if tensor.dtype == torch.float64 and impl != "reference":
+        raise TypeError(f"{name} is torch.float64, which only impl='reference' computes; got impl={impl!r}")
+    if tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {tensor.dtype}")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, impl: str | None) -> None:
     """q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv): one floating dtype, one device, nothing empty."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {_shape(tensor)}")
         check_device(name, tensor, q.device)
-        if tensor.dtype == torch.float64 and impl != "reference":
-            raise TypeError(f"{name} is torch.float64, which only impl='reference' computes; got impl={impl!r}")
-        if tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
-            raise TypeError(f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {tensor.dtype}")
+        check_dtype(name, tensor, impl)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
         if 0 in tensor.shape:

@@ -17,20 +17,31 @@ import sys
 import torch
 from fastattn.kernels import block_attention
 
-def case():
+def case(n, options):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
-    q, k, v, dout = draw(1, 2, 37, 20), draw(1, 1, 29, 20), draw(1, 1, 29, 12), draw(1, 2, 37, 12)
-    def index(n, size):
-        rows = torch.full((1, 2, 2, 2 * size), -1)
+    q, k, v, dout = draw(1, 2, n, 20), draw(1, 1, 29, 20), draw(1, 1, 29, 12), draw(1, 2, n, 12)
+    def index(n, size, rounds=2):
+        rows = torch.full((1, 2, rounds, 2 * size), -1)
         for head in range(2):
-            for r in range(2):
+            for r in range(rounds):
                 rows[0, head, r, :n] = torch.randperm(n, generator=generator)
-        return rows.view(1, 2, 2, size, 2).transpose(-1, -2).contiguous().int()
-    q_index, k_index = index(37, 19), index(29, 15)
-    options = dict(look_back=1, is_causal=True, exclude_self=True, scale=0.3)
-    out, lse = block_attention.forward(q, k, v, q_index, k_index, **options)
-    return out, lse, *block_attention.backward(dout, q, k, v, q_index, k_index, out, lse, **options)
+        return rows.view(1, 2, rounds, size, 2).transpose(-1, -2).contiguous().int()
+    q_index, k_index = index(n, 19), index(29, 15)
+    if options.pop("local", False):
+        options |= dict(local_index_q=index(n, 19, 1), local_index_k=index(29, 15, 1))
+    if options.pop("buckets", False):
+        options["q_bucket"], options["k_bucket"] = (torch.arange(2 * 2 * s).view(1, 2, 2, s).int() % 3 for s in (n, 29))
+    if options.get("dropout_p"):
+        options["seed"] = torch.tensor(2**40 + 7)
+    out, lse = block_attention.forward(q, k, v, q_index, k_index, 0.3, **options)
+    return out, lse, *block_attention.backward(dout, q, k, v, q_index, k_index, out, lse, 0.3, **options)
+
+def cases():
+    reformer = dict(look_back=1, is_causal=True, self_mode="last_resort", correct_duplicates=True, buckets=True)
+    smyrf = dict(is_causal=True, self_mode="once", correct_duplicates=True, local=True, dropout_p=0.3)
+    plain = dict(look_back=1, is_causal=True, self_mode="exclude")
+    return [x for n, options in ((37, plain), (29, reformer), (29, smyrf)) for x in case(n, options)]
 """
 
 
@@ -39,9 +50,9 @@ def test_engine_and_interpreter_agree(tmp_path):
     names: dict = {}
     exec(CASE, names)
     path = tmp_path / "interpreted.pt"
-    code = CASE + f"torch.save(case(), {str(path)!r})"
+    code = CASE + f"torch.save(cases(), {str(path)!r})"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
-    for ours, theirs in zip(names["case"](), torch.load(path, weights_only=True), strict=True):
+    for ours, theirs in zip(names["cases"](), torch.load(path, weights_only=True), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert block_attention.forward_kernel.__name__ == "forward_kernel"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ def good() -> dict[str, Any]:
     index = torch.arange(12, dtype=torch.int32).view(1, 1, 1, 3, 4).expand(2, 4, 2, 3, 4)
     args = {name: torch.randn(2, heads, 12, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     return args | {"q_index": index, "k_index": index, "key_mask": torch.ones(2, 12, dtype=torch.bool)}
+
+
+def local(a: dict[str, Any]) -> torch.Tensor:
+    return a["q_index"][:, :, :1]
 
 
 BAD: list[Bad] = [
@@ -43,6 +48,24 @@ BAD: list[Bad] = [
     ("wrap", TypeError, "not a bool", lambda a: 1),
     ("is_causal", TypeError, "not a bool", lambda a: None),
     ("self_mode", ValueError, "unknown", lambda a: "last_resort?"),
+    ("q_bucket", ValueError, "missing beside the other's", lambda a: None),
+    ("q_bucket", TypeError, "int64", lambda a: a["q_bucket"].long()),
+    ("k_bucket", ValueError, "rounds", lambda a: a["k_bucket"][:, :, :1]),
+    ("k_bucket", ValueError, "length", lambda a: a["k_bucket"][..., :5]),
+    ("local_index", TypeError, "a list", lambda a: [local(a), local(a)]),
+    ("local_index", TypeError, "one tensor", lambda a: (local(a),)),
+    ("local_index", ValueError, "blocks", lambda a: (local(a), local(a)[:, :, :, :2])),
+    (r"local_index[0]", ValueError, "rounds", lambda a: (a["q_index"], local(a))),
+    (r"local_index[1]", TypeError, "int64", lambda a: (local(a), local(a).long())),
+    ("correct_duplicates", TypeError, "not a bool", lambda a: 1),
+    ("dropout_p", TypeError, "not a number", lambda a: "0.1"),
+    ("dropout_p", ValueError, "negative", lambda a: -0.1),
+    ("dropout_p", ValueError, "all", lambda a: 1.0),
+    ("seed", TypeError, "not an int", lambda a: 1.5),
+    ("seed", ValueError, "negative", lambda a: -1),
+    ("seed", ValueError, "of more than 63 bits", lambda a: 2**63),
+    ("seed", TypeError, "tensor of int32", lambda a: torch.tensor(1, dtype=torch.int32)),
+    ("seed", ValueError, "tensor with dimensions", lambda a: torch.tensor([1])),
     ("scale", TypeError, "not a number", lambda a: "auto"),
     ("scale", ValueError, "not finite", lambda a: float("nan")),
     ("impl", ValueError, "unknown", lambda a: "cuda"),
@@ -52,8 +75,34 @@ BAD: list[Bad] = [
 @each_of(BAD)
 def test_is_named(name: str, error: type[Exception], change: Change) -> None:
     args = good()
-    with pytest.raises(error, match=rf"^{name}\b"):
-        block_attention(**args | {name: change(args)})
+    buckets = torch.zeros(2, 4, 2, 12, dtype=torch.int32)
+    args |= {"q_bucket": buckets, "k_bucket": buckets}
+    with pytest.raises(error, match=f"^{re.escape(name)}(?![a-z_])"):
+        block_attention(**args | {name.partition("[")[0]: change(args)})
+
+
+@pytest.mark.parametrize("self_mode", ["last_resort", "once"])
+def test_an_own_key_needs_as_many_keys_as_queries(self_mode: str) -> None:
+    args = good()
+    fewer = {name: args[name][:, :, :7] for name in "kv"} | {"key_mask": args["key_mask"][:, :7]}
+    with pytest.raises(ValueError, match=r"^self_mode='.*' needs as many keys as queries, got 12 queries and 7 keys"):
+        block_attention(**args | fewer, self_mode=self_mode)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_out_of_range_are_refused_before_anything_is_made_of_them(side: int, impl: str | None) -> None:
+    args = good()
+    del args["key_mask"]
+    bad = args["q_index"].clone()
+    bad[0, 0, 0, 0, 0] = 12
+    name = ("q_index", "k_index")[side]
+    with pytest.raises(ValueError, match=f"^{name} must hold"):
+        block_attention(**args | {name: bad}, correct_duplicates=True, impl=impl)
+    pair = [local(args), local(args)]
+    pair[side] = bad[:, :, :1]
+    with pytest.raises(ValueError, match=f"^local_index_{name[0]} must hold"):
+        block_attention(**args, local_index=(pair[0], pair[1]), correct_duplicates=True, impl=impl)
 
 
 def test_good_input_is_accepted() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,15 +12,7 @@ from fastattn.ops.block_attention import block_attention
 from tests.ops.cases import Case, each, gradients, leaves
 
 CASE = Case(options={"look_back": 1})
-OPTIONS = (
-    1,
-    0,
-    True,
-    False,
-    False,
-    0.25,
-    True,
-)  # look_back, look_ahead, wrap, is_causal, exclude_self, scale, fallback
+OPTIONS = (0.25, True, 1)  # scale, fallback, look_back
 
 
 @pytest.mark.parametrize("case", [CASE, Case(batch=2, heads=4, kv_heads=2, value_dim=8)], ids=["plain", "grouped"])
@@ -33,6 +27,45 @@ def test_opcheck_backward() -> None:
     out, lse = torch.ops.fastattn.block_attention(q, k, v, *CASE.indices(), *OPTIONS)
     args = (torch.ones_like(out), q, k, v, *CASE.indices(), out, lse, *OPTIONS)
     torch.library.opcheck(torch.ops.fastattn.block_attention_backward.default, args)
+
+
+def every_option(case: Case) -> dict[str, Any]:
+    """The op's arguments after scale and fallback, all but the default ones."""
+    q_bucket, k_bucket = (torch.arange(n).expand(1, 2, 2, n).int() % 3 for n in (case.n_queries, case.n_keys))
+    flags = {"look_back": 1, "is_causal": True, "correct_duplicates": True, "dropout_p": 0.25}
+    tensors = {"q_bucket": q_bucket, "k_bucket": k_bucket, "seed": torch.tensor(7)}
+    local = Case(rounds=1, n_blocks=6, c_q=8, c_k=8).indices(4)
+    tensors |= {"local_index_q": local[0], "local_index_k": local[1], "key_mask": torch.arange(48).unsqueeze(0) % 5 > 0}
+    return {**flags, **tensors}
+
+
+@pytest.mark.parametrize("self_mode", ["last_resort", "once"])
+def test_opcheck_with_every_option(self_mode: str) -> None:
+    op, options = torch.ops.fastattn.block_attention, every_option(CASE) | {"self_mode": self_mode}
+    torch.library.opcheck(op.default, (*leaves(*CASE.inputs()), *CASE.indices(), 0.25, True), options)
+    q, k, v = CASE.inputs()
+    out, lse = op(q, k, v, *CASE.indices(), 0.25, True, **options)
+    args = (torch.ones_like(out), q, k, v, *CASE.indices(), out, lse, 0.25, True)
+    torch.library.opcheck(torch.ops.fastattn.block_attention_backward.default, args, options)
+
+
+@pytest.mark.parametrize("self_mode", ["last_resort", "once"])
+def test_compiles_as_one_graph_with_every_option(self_mode: str) -> None:
+    options: dict[str, Any] = every_option(CASE) | {"self_mode": self_mode}
+    options["local_index"] = options.pop("local_index_q"), options.pop("local_index_k")
+    seeds, indices = (options.pop("seed"), torch.tensor(8)), CASE.indices()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, seed: Tensor) -> Tensor:
+        return block_attention(q, k, v, *indices, seed=seed, **options)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for seed in seeds:  # of one graph, in which the seed is not a constant
+        eager_inputs, compiled_inputs = leaves(*CASE.inputs()), leaves(*CASE.inputs())
+        expected, out = attend(*eager_inputs, seed), compiled(*compiled_inputs, seed)
+        assert torch.equal(out, expected)
+        wanted = gradients(expected, eager_inputs, torch.ones_like(out))
+        for gradient, exact in zip(gradients(out, compiled_inputs, torch.ones_like(out)), wanted, strict=True):
+            assert torch.equal(gradient, exact)
 
 
 def test_meta_tensors_give_shapes() -> None:
