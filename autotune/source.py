@@ -12,7 +12,16 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 # Files of fastattn.kernels that hold tunable kernels. Names of kernels start with the name of their file.
-ROOMS = ("block_attention",)
+ROOMS = (
+    "block_attention",
+    "hash_argmax",
+    "hamming",
+    "cluster_attention",
+    "topk_attention",
+    "centroid_attention",
+    "linear_attention",
+    "linear_attention_step",
+)
 
 
 def kernel_named(name: str) -> Any:

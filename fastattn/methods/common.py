@@ -42,8 +42,19 @@ def check_draw(name: str, draw: Any, shape: tuple[int, ...], meaning: str, devic
 
 def draw_normal(shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
     """Standard normal fp32 numbers on ``device``, drawn on the generator's device."""
+    _check_generator(generator)
     if generator is None:
         return torch.randn(shape, dtype=torch.float32, device=device)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device)
+
+
+def draw_seed(generator: Any, device: torch.device) -> Tensor:
+    """A seed, int64 without dimensions on ``device``, drawn on the generator's device; no host looks at it."""
+    _check_generator(generator)
+    place = device if generator is None else generator.device
+    return torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=place).to(device)
+
+
+def _check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")

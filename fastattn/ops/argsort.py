@@ -1,7 +1,8 @@
-"""Stable argsort of rows of fp32 keys, as ``fastattn::stable_argsort``: what hashing methods spend most of routing on.
+"""Stable argsort of rows of keys, as ``fastattn::stable_argsort``: what hashing methods spend most of routing on.
 
-On the CPU it is a radix sort on the two halves of a key's bits: NumPy's stable argsort of 16-bit integers is one. 64
-rows of 16384 take 12 ms on one thread, where ``torch.sort(stable=True)`` takes 78 ms, 41 ms on two (AMD EPYC).
+On the CPU it is a radix sort, of fp32 keys on the two halves of their bits: NumPy's stable argsort of 16-bit integers
+is one. 64 rows of 16384 take 12 ms on one thread, where ``torch.sort(stable=True)`` takes 78 ms, 41 ms on two (AMD
+EPYC). Keys of 16 bits, such as buckets, need one pass instead of two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastattn.ops.library import define_op
 
 _LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
+_LONG = 2**23  # keys that take some tenths of a second: longer than idle threads spin
 _CHUNK = 2**16  # keys sorted at a time, so that keys and orders stay in the L2 cache
 
 
@@ -30,18 +32,20 @@ def _sort(keys: Tensor) -> Tensor:
 
 
 def _radix_sort(keys: Tensor) -> Tensor:
-    if keys.dtype != torch.float32:
+    if keys.dtype not in (torch.float32, torch.int16):
         return _sort(keys)
     keys = keys.contiguous()
     n = keys.shape[-1]
     order = torch.empty_like(keys, dtype=torch.int32)
     if order.numel() == 0:
         return order
-    bits, rows = _ordered_bits(keys).numpy().reshape(-1, n), order.numpy().reshape(-1, n)
+    bits = (_ordered_bits(keys) if keys.dtype == torch.float32 else keys).numpy().reshape(-1, n)
+    rows = order.numpy().reshape(-1, n)
     step = max(1, _CHUNK // n)
     chunks = [slice(first, first + step) for first in range(0, len(rows), step)]
-    # idle threads of torch spin for a while, so using as many of ours as there are cores slows all down
-    workers = min(torch.get_num_threads() // 2, len(chunks))
+    # idle threads of torch spin for a while, so using as many of ours as there are cores slows a short sort down
+    threads = torch.get_num_threads()
+    workers = min(threads if order.numel() >= _LONG else threads // 2, len(chunks))
     if workers < 2:
         for chunk in chunks:
             _sort_chunk(bits[chunk], rows[chunk])
@@ -59,6 +63,9 @@ def _ordered_bits(keys: Tensor) -> Tensor:
 
 def _sort_chunk(bits: np.ndarray, order: np.ndarray) -> None:
     """Writes the stable order of each row of ``bits`` into ``order``: first by the low halves, then by the high."""
+    if bits.dtype == np.int16:
+        order[...] = np.argsort(bits, axis=-1, kind="stable")
+        return
     halves = bits.view(np.uint16).reshape(*bits.shape, 2)
     first = (np.arange(len(bits)) * bits.shape[1])[:, None]
     by_low = np.argsort(halves[..., _LOW], axis=-1, kind="stable")

@@ -45,7 +45,17 @@ def test_other_dtypes_sort_too(dtype: torch.dtype) -> None:
     assert torch.equal(stable_argsort(keys), expected(keys))
 
 
-def test_threads_change_nothing() -> None:
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 3, 1000), (1, 70_000), (0, 5)], ids=str)
+def test_16_bit_integers_keep_the_order_of_equals(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    for low, high in ((0, 9), (-(2**15), 2**15)):
+        keys = torch.randint(low, high, shape, generator=g, dtype=torch.int16)
+        assert torch.equal(stable_argsort(keys), expected(keys))
+
+
+@pytest.mark.parametrize("long", [0, 2**40], ids=["a-long-sort", "a-short-sort"])
+def test_threads_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastattn.ops.argsort._LONG", long)
     keys = torch.randn(40, 9000, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     torch.set_num_threads(6)

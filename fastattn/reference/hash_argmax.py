@@ -1,0 +1,24 @@
+"""Angular LSH by definition (Kitaev et al. 2020, "Reformer", section 2): the argmax over [x R, -x R]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def hash_argmax(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
+    """Buckets (B, H, h, N), int32, of x (B, H, N, D); see :func:`fastattn.ops.hash_argmax.hash_argmax`.
+
+    fp16 and bf16 are computed in fp32. Memory is O(N * sum of factors) for each head and round.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, rotations = x.to(dtype), rotations.to(dtype)
+    rotated = torch.einsum("bhnd,hdrw->bhrnw", x, rotations.expand(x.shape[1], -1, -1, -1))
+    bucket = torch.zeros(rotated.shape[:-1], dtype=torch.int64, device=x.device)
+    weight = 1
+    for part, factor in zip(rotated.split([factor // 2 for factor in factors], -1), factors, strict=True):
+        bucket += weight * torch.cat([part, -part], -1).argmax(-1)
+        weight *= factor
+    return bucket.to(torch.int32)
