@@ -63,13 +63,25 @@ def _smyrf(
     q: Any,
     k: Any,
     v: Any,
-    projections: Any,
+    projections: Any = None,
     key_mask: Any = None,
     query_mask: Any = None,
     q_cluster_size: int = 64,
     k_cluster_size: int | None = None,
     scale: float = 1.0,
+    n_hashes: int = 1,
+    is_causal: bool = False,
+    correct_duplicates: bool = False,
+    local_window: int = 0,
 ) -> Any:
+    unknown = {
+        "is_causal=True": is_causal,
+        "correct_duplicates=True": correct_duplicates,
+        f"local_window={local_window}": local_window > 0,
+        "directions='principal'": projections is None,
+    }
+    if named := ", ".join(name for name, is_set in unknown.items() if is_set):
+        raise NotExportable(f"smyrf_attention can't be exported to ONNX with {named}: the node knows none of these")
     same_length = q.shape[2] == k.shape[2]
     if query_mask is None and not same_length and not all(isinstance(x.shape[2], int) for x in (q, k)):
         raise NotExportable(

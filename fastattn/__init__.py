@@ -9,6 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastattn.methods.attend import attend
+from fastattn.methods.clustered import clustered_attention
+from fastattn.methods.improved_clustered import improved_clustered_attention
+from fastattn.methods.linear import linear_attention, linear_attention_step
+from fastattn.methods.reformer import lsh_attention
+from fastattn.methods.reformer_decoding import lsh_attention_step, lsh_decoding_state
 from fastattn.methods.smyrf import smyrf_attention
 
 if TYPE_CHECKING:
@@ -16,7 +22,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "patch", "patched", "smyrf_attention", "unpatch"]
+__all__ = [
+    "__version__",
+    "attend",
+    "clustered_attention",
+    "improved_clustered_attention",
+    "linear_attention",
+    "linear_attention_step",
+    "lsh_attention",
+    "lsh_attention_step",
+    "lsh_decoding_state",
+    "patch",
+    "patched",
+    "smyrf_attention",
+    "unpatch",
+]
 
 # Imported at first use: whoever only calls an op shall not pay for what patching needs.
 _LAZY = {name: "fastattn.integrations.transformers" for name in ("patch", "patched", "unpatch")}

@@ -114,9 +114,9 @@ def attend(
         _refuse(
             module,
             state,
-            f"was called in training mode with attention dropout {dropout}, and the method has none: set the model's "
-            "attention dropout to 0 (in its config before it is built, or on its attention modules), or call "
-            "model.eval()",
+            f"was called in training mode with attention dropout {dropout}, which patched layers do not have: "
+            "set the model's attention dropout to 0 (in its config before it is built, or on its attention modules), "
+            "or call model.eval()",
         )
     key_mask = _key_mask(module, state, attention_mask, key)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5

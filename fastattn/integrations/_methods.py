@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.methods.smyrf import smyrf_attention
+from fastattn.methods.clustered import clustered_attention
+from fastattn.methods.improved_clustered import improved_clustered_attention
+from fastattn.methods.smyrf import DIRECTIONS, smyrf_attention
+from fastattn.ops.hamming_kmeans import cluster_codes
+from fastattn.ops.hash_bits import MOST_BITS, encode
 
-IMPLEMENTATIONS = ("triton", "reference")
+_CHOICES = {"impl": (None, "triton", "reference"), "directions": DIRECTIONS}
+_FLAGS = ("correct_duplicates",)
+_LEAST = {"local_window": 0}  # of whole numbers, where it is not 1
+_MOST = {"n_bits": MOST_BITS}
 
 
 @dataclass(frozen=True)
@@ -37,19 +44,33 @@ class Method:
 
 
 def _check_knob(name: str, value: Any) -> None:
-    if name == "impl":
-        if value is not None and value not in IMPLEMENTATIONS:
-            raise ValueError(f"impl is {value!r}; allowed: None, {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, _CHOICES[name]))}")
+        return
+    if name in _FLAGS:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__})")
         return
     if name == "k_cluster_size" and value is None:
         return
+    least = _LEAST.get(name, 1)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int of at least 1, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value}")
+        raise TypeError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value}")
+    if value > _MOST.get(name, value):
+        raise ValueError(f"{name} must be an int of at most {_MOST[name]}, got {value}")
 
 
 def _draw_smyrf(head_dim: int, knobs: dict[str, Any], generator: torch.Generator) -> Tensor:
+    if knobs["directions"] == "principal":
+        if knobs["n_hashes"] > head_dim + 1:
+            raise ValueError(
+                f"n_hashes must be at most head_dim + 1 = {head_dim + 1} with directions='principal', "
+                f"got {knobs['n_hashes']}"
+            )
+        return torch.empty(0)  # they are no draw
     # two rows more than the head has: the two coordinates that the asymmetric transform appends
     return torch.randn(head_dim + 2, knobs["n_hashes"], generator=generator, dtype=torch.float32)
 
@@ -59,17 +80,61 @@ def _attend_smyrf(
 ) -> Tensor:
     if torch.compiler.is_exporting():  # impl says how torch computes, which is nothing to a graph
         knobs = {**knobs, "impl": None}
-    out = smyrf_attention(q, k, v, key_mask=key_mask, scale=scale, projections=draws, **knobs)
+    projections = draws if knobs["directions"] == "random" else None
+    out = smyrf_attention(q, k, v, key_mask=key_mask, scale=scale, projections=projections, **knobs)
     assert isinstance(out, Tensor)
     return out
 
 
+def _draw_clustered(head_dim: int, knobs: dict[str, Any], generator: torch.Generator) -> Tensor:
+    # the planes, and a last row whose signs are the seed of the clustering: they outlive a cast to any dtype
+    return torch.randn(knobs["n_bits"] + 1, head_dim + 1, generator=generator, dtype=torch.float32)
+
+
+def _attend_clustered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, draws: Tensor, knobs: dict[str, Any]
+    ) -> Tensor:
+        clustering = {name: knobs[name] for name in ("n_bits", "n_iterations")}
+        rest = {name: value for name, value in knobs.items() if name not in clustering}
+        signs = (draws[-1, :MOST_BITS] > 0).long()
+        seed = (signs << torch.arange(len(signs), device=draws.device)).sum()
+        codes = encode(q, draws[:-1], knobs["impl"])
+        clusters = cluster_codes(
+            codes, knobs["n_clusters"], mask=key_mask, initial=None, seed=seed, impl=knobs["impl"], **clustering
+        )
+        return function(q, k, v, key_mask=key_mask, scale=scale, clusters=clusters, **rest)
+
+    return attend
+
+
+_CLUSTERED = {"n_clusters": 100, "n_bits": 63, "n_iterations": 10, "impl": None}
 METHODS = {
     "smyrf": Method(
         name="smyrf",
-        knobs={"n_hashes": 4, "q_cluster_size": 64, "k_cluster_size": None, "impl": None},
+        knobs={
+            "n_hashes": 4,
+            "q_cluster_size": 64,
+            "k_cluster_size": None,
+            "correct_duplicates": False,
+            "local_window": 0,
+            "directions": "random",
+            "impl": None,
+        },
         draw=_draw_smyrf,
         attend=_attend_smyrf,
+    ),
+    "clustered": Method(
+        name="clustered",
+        knobs=_CLUSTERED,
+        draw=_draw_clustered,
+        attend=_attend_clustered(clustered_attention),
+    ),
+    "improved_clustered": Method(
+        name="improved_clustered",
+        knobs={"topk": 32, **_CLUSTERED},
+        draw=_draw_clustered,
+        attend=_attend_clustered(improved_clustered_attention),
     ),
 }
 

@@ -42,7 +42,7 @@ def patch(
     """Make the self-attention of a Hugging Face encoder approximate, in place; returns ``model``.
 
     model: any module with transformers' attention modules below it (a submodule of a model will do).
-    method: "smyrf".
+    method: "smyrf", "clustered" or "improved_clustered".
     layers: which attention modules to patch, as indices into those that the AttentionInterface reaches, in the model's
         order (negative ones count from the end); None is all of them. The others run SDPA with the same mask.
     min_length: inputs of fewer tokens run SDPA, exactly as an unpatched model does; None is ``DEFAULT_MIN_LENGTH``, 0
@@ -50,7 +50,9 @@ def patch(
     seed, generator: the random draws of all layers come once, now, on the CPU, from ``generator`` or from a new one
         with ``seed``; a layer's draws do not depend on ``layers``. They are a buffer of the attention module that
         follows ``model.to(...)`` and is not part of the state dict.
-    knobs: of smyrf: n_hashes=4, q_cluster_size=64, k_cluster_size=None, impl=None (see fastattn.smyrf_attention).
+    knobs: of smyrf: n_hashes=4, q_cluster_size=64, k_cluster_size=None, correct_duplicates=False, local_window=0,
+        directions="random", impl=None (see fastattn.smyrf_attention); of clustered: n_clusters=100, n_bits=63,
+        n_iterations=10, impl=None (see fastattn.clustered_attention); of improved_clustered also topk=32.
 
     Padding: a 2-d ``attention_mask`` is honoured; attention gives 0 at padded positions. Patching a patched model gives
     the named layers new settings and leaves the others theirs.
@@ -59,7 +61,7 @@ def patch(
     through the interface (it names the model's attention classes); and where a layer is anything but bidirectional
     self-attention over padded batches (causal, decoder, cross-attention, sliding window, position bias).
     A patched layer raises ValueError when it is called with a mask that is more than padding, a cache, packed
-    sequences, ``output_attentions=True`` or, in training mode, attention dropout above 0 (the method has no dropout).
+    sequences, ``output_attentions=True`` or, in training mode, attention dropout above 0 (patched layers have none).
     """
     _need_transformers()
     if not isinstance(model, nn.Module):

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastattn.methods import common
+from fastattn.methods import common, smyrf_routing
+from fastattn.methods.local import local_blocks
 from fastattn.ops import checks
-from fastattn.ops.argsort import stable_argsort
 from fastattn.ops.autocast import no_autocast
-from fastattn.ops.block_attention import attend_blocks
+from fastattn.ops.block_attention import attend_blocks, check_dropout
 from fastattn.ops.library import define_op, refuse_gradient
+
+DIRECTIONS = ("random", "principal")
 
 
 @overload
 def smyrf_attention(
     q: Tensor, k: Tensor, v: Tensor, *, n_hashes: int = ..., q_cluster_size: int = ...,
     k_cluster_size: int | None = ..., key_mask: Tensor | None = ..., query_mask: Tensor | None = ...,
-    scale: float | None = ..., projections: Tensor | None = ..., generator: torch.Generator | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., dropout_p: float = ..., correct_duplicates: bool = ...,
+    local_window: int = ..., directions: str = ..., projections: Tensor | None = ...,
+    seed: int | Tensor | None = ..., generator: torch.Generator | None = ...,
     return_lse: Literal[False] = ..., impl: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -30,7 +33,9 @@ def smyrf_attention(
 def smyrf_attention(
     q: Tensor, k: Tensor, v: Tensor, *, n_hashes: int = ..., q_cluster_size: int = ...,
     k_cluster_size: int | None = ..., key_mask: Tensor | None = ..., query_mask: Tensor | None = ...,
-    scale: float | None = ..., projections: Tensor | None = ..., generator: torch.Generator | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., dropout_p: float = ..., correct_duplicates: bool = ...,
+    local_window: int = ..., directions: str = ..., projections: Tensor | None = ...,
+    seed: int | Tensor | None = ..., generator: torch.Generator | None = ...,
     return_lse: Literal[True], impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -45,8 +50,14 @@ def smyrf_attention(
     k_cluster_size: int | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    correct_duplicates: bool = False,
+    local_window: int = 0,
+    directions: str = "random",
     projections: Tensor | None = None,
+    seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
     impl: str | None = None,
@@ -58,6 +69,9 @@ def smyrf_attention(
     and sorted along each; consecutive queries attend to the consecutive keys of the same rank (section 3.3). The rounds
     make one softmax over all keys met, where a key met in several rounds counts several times: with one cluster this is
     dense attention; with more rounds the error falls, though not to zero.
+
+    ``correct_duplicates``, ``local_window`` and ``directions="principal"`` are ours, not the paper's: each lowers the
+    error at nearly the same work. With duplicates corrected the error falls to zero as rounds grow.
 
     Time is O(n_hashes * N * (log N + cluster size * (D + Dv))), extra memory O(n_hashes * N + N * (D + Dv)).
 
@@ -73,12 +87,25 @@ def smyrf_attention(
         key_mask: (B, S) bool, True for keys that take part. What stands in the others, norms included, has no effect.
         query_mask: (B, N) bool, True for queries that take part; the others give 0. None: ``key_mask`` if N == S, else
             all take part.
+        is_causal: a query attends to keys of its own and earlier positions only, and to its own exactly once whatever
+            the clusters are. Needs N == S. No value and no gradient of a later position enters a row, but the clusters
+            are made of all positions: *which* earlier keys a row meets depends on later tokens, so a prefix does not
+            give the first rows of the whole. Clusters are quantiles of all positions, so early rows meet few keys.
         scale: factor of q . k; None is 1 / sqrt(D).
+        dropout_p: probability, below 1, that a key is dropped after the softmax; the others are scaled by
+            1 / (1 - dropout_p). A key met in several rounds is dropped or not in each of them.
+        correct_duplicates: a key met in several rounds counts once.
+        local_window: w > 0 adds a round whose clusters are w consecutive positions, the same for queries and keys; the
+            last one may be shorter. Needs N == S. Positions are counted over the rows that take part (as query or as
+            key), so that padding, left, right or between, changes nothing.
+        directions: "random", as in the paper, or "principal": for each batch element and head, the ``n_hashes`` (at
+            most D + 1) directions along which F(q) varies most. They take no draw.
         projections: (D + 2, n_hashes), the random directions, in the order [D rows for q or k; that of k's norm; that
             of q's norm]. Used in fp32 (fp64 for fp64 inputs).
-        generator: draws the directions, standard normal, where they are not given.
-        return_lse: also return the logarithm of the softmax's denominator, (B, H, N), in fp32 (fp64 for fp64); it
-            carries no gradient.
+        seed: of dropout, from 0 to 2^63 - 1, or such a number in an int64 tensor without dimensions. None draws one.
+        generator: draws what is needed and not given: the directions, standard normal, then the seed.
+        return_lse: also return the logarithm of the softmax's denominator, without dropout, (B, H, N), in fp32 (fp64
+            for fp64); it carries no gradient.
         impl: None, "triton" or "reference"; see :func:`fastattn.ops.block_attention.block_attention`.
 
     Returns:
@@ -89,7 +116,7 @@ def smyrf_attention(
     that every cluster has keys if at least as many take part as there are clusters.
 
     Routing is not differentiated. Under autocast q, k and v are cast to its dtype. Exported graphs
-    (``torch.export``) hold the whole method as one node, ``fastattn::smyrf_attention``.
+    (``torch.export``) hold the whole method as one node, ``fastattn::smyrf_attention``, but for dropout.
 
     Raises:
         TypeError, ValueError: naming the argument that is at fault.
@@ -99,160 +126,94 @@ def smyrf_attention(
     checks.check_int("q_cluster_size", q_cluster_size, 1)
     if k_cluster_size is not None:
         checks.check_int("k_cluster_size", k_cluster_size, 1)
+    _check_positions(q, k, is_causal, local_window)
+    checks.check_bool("correct_duplicates", correct_duplicates)
     checks.check_bool("return_lse", return_lse)
     query_mask = common.check_masks(q, k, key_mask, query_mask)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    directions = (q.shape[-1] + 2, n_hashes)
-    if projections is None:
-        projections = common.draw_normal(directions, generator, q.device)
-    else:
-        common.check_draw("projections", projections, directions, "(head_dim + 2, n_hashes)", q.device)
-    if torch.compiler.is_exporting() and impl is None:
+    projections = _projections(q, n_hashes, directions, projections, generator)
+    check_dropout(dropout_p, 0 if seed is None else seed, q.device)
+    if dropout_p > 0 and seed is None:
+        seed = common.draw_seed(generator, q.device)
+    knobs = (q_cluster_size, k_cluster_size, scale, n_hashes, is_causal, correct_duplicates, local_window)
+    if torch.compiler.is_exporting() and impl is None and dropout_p == 0:
         args = (q, k, v, projections, key_mask, None if query_mask is key_mask else query_mask)
-        out, lse = _OP(*args, q_cluster_size, k_cluster_size, scale)
+        out, lse = _OP(*args, *knobs)
     else:
-        out, lse = _attend(q, k, v, projections, key_mask, query_mask, q_cluster_size, k_cluster_size, scale, impl)
+        dropout = {"dropout_p": dropout_p, "seed": 0 if seed is None else seed}
+        out, lse = _attend(q, k, v, projections, key_mask, query_mask, *knobs, impl=impl, **dropout)
     return (out, lse) if return_lse else out
+
+
+def _check_positions(q: Tensor, k: Tensor, is_causal: Any, local_window: Any) -> None:
+    checks.check_bool("is_causal", is_causal)
+    checks.check_int("local_window", local_window, 0)
+    n, s = q.shape[2], k.shape[2]
+    if is_causal and n != s:
+        raise ValueError(f"is_causal needs as many keys as queries, got {n} queries and {s} keys")
+    if local_window and n != s:
+        raise ValueError(f"local_window needs as many keys as queries, got {n} queries and {s} keys")
+
+
+def _projections(q: Tensor, n_hashes: int, directions: Any, projections: Any, generator: Any) -> Tensor | None:
+    """The random directions (D + 2, n_hashes), given or drawn; None for principal ones."""
+    checks.check_choice("directions", directions, DIRECTIONS)
+    if directions == "principal":
+        if projections is not None:
+            raise ValueError("projections are random directions: they must be None with directions='principal'")
+        if n_hashes > q.shape[-1] + 1:
+            raise ValueError(
+                f"n_hashes must be at most head_dim + 1 = {q.shape[-1] + 1} with directions='principal', got {n_hashes}"
+            )
+        return None
+    n_coordinates = q.shape[-1] + 2
+    if projections is None:
+        return common.draw_normal((n_coordinates, n_hashes), generator, q.device)
+    common.check_draw("projections", projections, (n_coordinates, n_hashes), "(head_dim + 2, n_hashes)", q.device)
+    return projections
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    projections: Tensor,
+    projections: Tensor | None,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     q_cluster_size: int,
     k_cluster_size: int | None,
     scale: float,
-    impl: str | None,
+    n_hashes: int,
+    is_causal: bool = False,
+    correct_duplicates: bool = False,
+    local_window: int = 0,
+    **how: Any,
 ) -> tuple[Tensor, Tensor]:
+    """how: dropout_p, seed and impl of block attention."""
     is_self_like = q.shape[2] == k.shape[2] and query_mask is key_mask
-    clusters = _plan(q.shape[2], k.shape[2], q_cluster_size, k_cluster_size, is_self_like)
+    clusters = smyrf_routing.plan(q.shape[2], k.shape[2], q_cluster_size, k_cluster_size, is_self_like)
     with no_autocast(q.device.type):
-        q_index, k_index = _route(q, k, projections, key_mask, query_mask, clusters)
-    return attend_blocks(q, k, v, q_index, k_index, scale=scale, impl=impl)
-
-
-@dataclass(frozen=True)
-class _Clusters:
-    """n_blocks clusters of at most q_size queries and k_size keys. packed: filled one after the other."""
-
-    n_blocks: int
-    q_size: int
-    k_size: int
-    packed: bool
-
-
-def _plan(n: int, s: int, q_cluster_size: int, k_cluster_size: int | None, is_self_like: bool) -> _Clusters:
-    n_blocks = -(-n // q_cluster_size)
-    if k_cluster_size is not None:
-        n_key_blocks = -(-s // k_cluster_size)
-        if n_key_blocks != n_blocks:
-            raise ValueError(
-                f"k_cluster_size must make as many clusters as q_cluster_size: {n} queries in clusters of "
-                f"q_cluster_size={q_cluster_size} are {n_blocks}, {s} keys in clusters of "
-                f"k_cluster_size={k_cluster_size} are {n_key_blocks}"
-            )
-    if is_self_like and k_cluster_size in (None, q_cluster_size):
-        return _Clusters(n_blocks, q_cluster_size, q_cluster_size, packed=True)
-    if s < n_blocks:
-        return _Clusters(s, -(-n // s), 1, packed=False)
-    return _Clusters(n_blocks, q_cluster_size, k_cluster_size or -(-s // n_blocks), packed=False)
-
-
-@torch.no_grad()
-def _route(
-    q: Tensor,
-    k: Tensor,
-    projections: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    clusters: _Clusters,
-) -> tuple[Tensor, Tensor]:
-    """q_index (B, H, R, nb, Cq) and k_index (B, H, R, nb, Ck), int32."""
-    q_hash, k_hash = _hashes(q, k, projections, key_mask, query_mask)
-    q_index = _cut(_order(q_hash, query_mask), query_mask, clusters.n_blocks, clusters.q_size, clusters.packed)
-    k_index = _cut(_order(k_hash, key_mask), key_mask, clusters.n_blocks, clusters.k_size, clusters.packed)
-    return q_index, k_index
-
-
-def _hashes(
-    q: Tensor, k: Tensor, projections: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """F(q) and G(k) on the directions, (B, H, R, N) and (B, H, R, S), without making F(q) and G(k)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, projections = q.to(dtype), k.to(dtype), projections.to(dtype)
-    group = q.shape[1] // k.shape[1]
-    q_square, q_most = _square_norms(q, query_mask)
-    k_square, k_most = _square_norms(k, key_mask)
-    if group > 1:
-        k_square, k_most = k_square.repeat_interleave(group, 1), k_most.repeat_interleave(group, 1)
-    radius = q_most + k_most  # [B, H, 1]
-    directions, k_direction, q_direction = projections[:-2], projections[-2], projections[-1]
-    q_part, k_part = _project(q, directions), _project(k, directions)
-    if group > 1:
-        k_part = k_part.repeat_interleave(group, 1)
-    q_height = (radius - q_square).clamp_min_(0).sqrt_().unsqueeze(2)  # [B, H, 1, N]
-    k_height = (radius - k_square).clamp_min_(0).sqrt_().unsqueeze(2)
-    q_hash = torch.addcmul(q_part, q_height, q_direction.unsqueeze(-1))
-    k_hash = torch.addcmul(k_part, k_height, k_direction.unsqueeze(-1))
-    return q_hash, k_hash
-
-
-def _square_norms(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """|x_i|^2 (B, H, N) and the largest over the rows that take part (B, H, 1)."""
-    # vector_norm makes no copy of x, which x.square() would
-    square = torch.linalg.vector_norm(x, dim=-1).square_()
-    real = square if mask is None else square.masked_fill(~mask.unsqueeze(1), 0.0)
-    return square, real.amax(-1, keepdim=True)
-
-
-def _project(x: Tensor, directions: Tensor) -> Tensor:
-    """x (B, H, N, D) on directions (D, R): (B, H, R, N). Sorting wants N last, and the product is twice as fast so."""
-    turned = x.transpose(1, 2)
-    if not turned.is_contiguous():
-        return directions.mT @ x.mT
-    # heads split off a projection, as models have them: one product without a copy
-    batch, n, heads, dim = turned.shape
-    return (directions.mT @ turned.reshape(-1, dim).mT).view(-1, batch, n, heads).permute(1, 3, 0, 2)
-
-
-def _order(hashes: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows sorted by hash, those that take no part last."""
-    if mask is not None:
-        hashes = hashes.masked_fill(~mask[:, None, None], math.inf)
-    return stable_argsort(hashes)
-
-
-def _cut(order: Tensor, mask: Tensor | None, n_blocks: int, size: int, packed: bool) -> Tensor:
-    """Sorted rows (B, H, R, N) as blocks (B, H, R, nb, C), -1 where there is no row that takes part."""
-    batch, heads, rounds, n = order.shape
-    if mask is not None:
-        count = mask.sum(-1)  # [B]
-        rank = torch.arange(n, device=order.device)
-        order = torch.where((rank < count.unsqueeze(-1))[:, None, None], order, order.new_full((), -1))
-    if packed or (mask is None and n == n_blocks * size):
-        if n < n_blocks * size:
-            order = torch.nn.functional.pad(order, (0, n_blocks * size - n), value=-1)
-        return order.view(batch, heads, rounds, n_blocks, size)
-    block = torch.arange(n_blocks + 1, device=order.device)
-    edge = block * n // n_blocks if mask is None else block * count.unsqueeze(-1) // n_blocks  # [nb + 1] or [B, nb + 1]
-    rank = edge[..., :-1, None] + torch.arange(size, device=order.device)  # [.., nb, C]
-    inside = rank < edge[..., 1:, None]
-    rank = rank.clamp_max(n - 1).expand(batch, n_blocks, size).flatten(1)[:, None, None]
-    blocks = order.gather(-1, rank.expand(batch, heads, rounds, -1)).unflatten(-1, (n_blocks, size))
-    inside = inside.expand(batch, n_blocks, size)[:, None, None]
-    return torch.where(inside, blocks, blocks.new_full((), -1))
+        rows = smyrf_routing.route(q, k, projections, n_hashes, key_mask, query_mask, clusters)
+    if local_window > 0:
+        how["local_index"] = local_blocks(local_window, q, query_mask, key_mask)
+    if is_causal:
+        # the indices hold the key mask; only a row's own key, met without them, asks for it
+        how |= {"is_causal": True, "self_mode": "once", "key_mask": key_mask}
+    return attend_blocks(q, k, v, *rows, scale=scale, correct_duplicates=correct_duplicates, **how)
 
 
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, projections: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, *rest: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projections: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    *knobs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """rest: as :func:`_attend` takes it, but for impl."""
     if query_mask is None and q.shape[2] == k.shape[2]:
         query_mask = key_mask
-    return _attend(q, k, v, projections, key_mask, query_mask, *rest, impl=None)
+    return _attend(q, k, v, projections, key_mask, query_mask, *knobs)
 
 
 def _fake_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -260,9 +221,11 @@ def _fake_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     return q.new_empty((batch, heads, n, v.shape[3])), q.new_empty((batch, heads, n), dtype=torch.float32)
 
 
+# projections: None for principal directions
 _OP = define_op(
-    "smyrf_attention(Tensor q, Tensor k, Tensor v, Tensor projections, Tensor? key_mask, Tensor? query_mask,"
-    " int q_cluster_size, int? k_cluster_size, float scale) -> (Tensor out, Tensor lse)",
+    "smyrf_attention(Tensor q, Tensor k, Tensor v, Tensor? projections, Tensor? key_mask, Tensor? query_mask,"
+    " int q_cluster_size, int? k_cluster_size, float scale, int n_hashes, bool is_causal=False,"
+    " bool correct_duplicates=False, int local_window=0) -> (Tensor out, Tensor lse)",
     _op,
     fake=_fake_op,
 )

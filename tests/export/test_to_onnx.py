@@ -165,6 +165,24 @@ def test_cross_attention_exports_where_its_rule_is_known(tmp_path):
         to_onnx(Cross().eval(), {"q": q, "k": k}, tmp_path / "open.onnx", dynamic_shapes=shapes)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"is_causal": True, "correct_duplicates": True}, "is_causal=True, correct_duplicates=True"),
+        ({"local_window": 8}, "local_window=8"),
+        ({"directions": "principal"}, "directions='principal'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_the_node_does_not_know_are_refused_by_name(tmp_path, knobs, words):
+    class Attend(torch.nn.Module):
+        def forward(self, q):
+            return fastattn.smyrf_attention(q, q, q, n_hashes=2, q_cluster_size=8, **knobs)
+
+    with pytest.raises(ValueError, match=f"can't be exported to ONNX with {words}"):
+        to_onnx(Attend().eval(), {"q": torch.randn(2, 2, 20, 8)}, tmp_path / "model.onnx", dynamic_shapes={})
+
+
 def test_what_cannot_be_exported_says_so(bert, make_tokens, tmp_path):
     path, sample = tmp_path / "model.onnx", make_tokens(2, 30)
     with pytest.raises(TypeError, match="model must be a torch"):

@@ -70,6 +70,36 @@ def test_inputs_shorter_than_min_length_are_exactly_dense(build, batch, min_leng
     assert torch.equal(hidden(model, **batch), dense) == is_dense
 
 
+@pytest.mark.parametrize("family", ["bert", "eurobert"])
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("improved_clustered", {"n_clusters": 3, "topk": 128}),
+        ("smyrf", {"n_hashes": 2, "q_cluster_size": 16, "correct_duplicates": True, "local_window": 128}),
+        ("smyrf", {"directions": "principal", "n_hashes": 2, "q_cluster_size": 128}),
+    ],
+)
+def test_every_method_is_dense_attention_in_its_limit(build, batch, family, method, knobs):
+    model = build(family)
+    real = batch["attention_mask"].bool()
+    dense = hidden(model, **batch)[real]
+    fastattn.patch(model, method, **SMALL, **knobs)
+    assert_close(hidden(model, **batch)[real], dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["clustered", "improved_clustered"])
+def test_a_clustered_layer_keeps_its_draws(build, batch, method):
+    model = build("bert")
+    dense = hidden(model, **batch)
+    few = {"n_clusters": 4, "n_bits": 8, "n_iterations": 3, **({"topk": 4} if "improved" in method else {}), **SMALL}
+    fastattn.patch(model, method, seed=1, **few)
+    once = hidden(model, **batch)
+    assert torch.equal(hidden(model, **batch), once)
+    assert (once - dense).abs().max() > 1e-3
+    fastattn.patch(model, method, seed=2, **few)
+    assert not torch.equal(hidden(model, **batch), once)
+
+
 def test_layers_that_are_not_named_stay_dense(build, batch):
     model = build("bert", "sdpa")
     seen = []

@@ -54,6 +54,17 @@ BAD: list[Bad] = [
     ("projections", ValueError, "other number of rounds", lambda a: torch.randn(10, 3)),
     ("projections", ValueError, "other head_dim", lambda a: torch.randn(8, 4)),
     ("projections", TypeError, "integers", lambda a: torch.ones(10, 4, dtype=torch.int32)),
+    ("is_causal", TypeError, "not a bool", lambda a: 1),
+    ("correct_duplicates", TypeError, "not a bool", lambda a: None),
+    ("local_window", ValueError, "negative", lambda a: -1),
+    ("local_window", TypeError, "float", lambda a: 8.0),
+    ("local_window", TypeError, "bool", lambda a: True),
+    ("directions", ValueError, "unknown", lambda a: "learned"),
+    ("dropout_p", ValueError, "one", lambda a: 1.0),
+    ("dropout_p", ValueError, "negative", lambda a: -0.1),
+    ("dropout_p", TypeError, "string", lambda a: "0.1"),
+    ("seed", ValueError, "negative", lambda a: -1),
+    ("seed", TypeError, "float", lambda a: 1.0),
     ("return_lse", TypeError, "not a bool", lambda a: 1),
     ("impl", ValueError, "unknown", lambda a: "cuda"),
 ]
@@ -74,6 +85,20 @@ def test_both_cluster_sizes_are_named_when_they_disagree() -> None:
 def test_a_generator_that_is_none_is_named() -> None:
     with pytest.raises(TypeError, match=r"^generator\b"):
         smyrf_attention(**changed(projections=None, generator=42))
+
+
+@pytest.mark.parametrize("option", [{"is_causal": True}, {"local_window": 4}])
+def test_options_of_positions_need_as_many_keys_as_queries(option: dict[str, Any]) -> None:
+    keys = {"k": torch.randn(2, 2, 9, 8), "v": torch.randn(2, 2, 9, 8), "key_mask": None}
+    with pytest.raises(ValueError, match=rf"^{next(iter(option))} needs as many keys as queries, got 12 .* 9 keys"):
+        smyrf_attention(**changed(**keys, **option))
+
+
+def test_principal_directions_take_no_projections_and_are_only_so_many() -> None:
+    with pytest.raises(ValueError, match=r"^projections .* must be None with directions='principal'"):
+        smyrf_attention(**changed(directions="principal"))
+    with pytest.raises(ValueError, match=r"^n_hashes must be at most head_dim \+ 1 = 9 .* got 10"):
+        smyrf_attention(**changed(directions="principal", projections=None, n_hashes=10))
 
 
 def test_unknown_arguments_are_refused() -> None:

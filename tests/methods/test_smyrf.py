@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import smyrf_attention
-from fastattn.methods import smyrf
+from fastattn.methods import smyrf_routing
 from fastattn.ops.block_attention import block_attention
 from fastattn.reference import smyrf as definition
 from tests.accuracy import assert_as_accurate, original
@@ -80,7 +80,8 @@ class TestAgainstTheOriginal:
         f = original("smyrf_mask")
         real = (f["attn_mask"] == 0).repeat(2, 1)
         q, k = (torch.where(real.unsqueeze(-1), f[x], f[x][:, :1]).unsqueeze(1) for x in "qk")
-        index, _ = smyrf._route(q, k, f["alpha"], real, real, smyrf._plan(64, 64, SIZE, SIZE, True))
+        clusters = smyrf_routing.plan(64, 64, SIZE, SIZE, True)
+        index, _ = smyrf_routing.route(q, k, f["alpha"], 3, real, real, clusters)
         for row in range(4):
             f_q, _ = definition.hashes(q[row, 0], k[row, 0], f["alpha"])
             masked = f_q - torch.where(real[row], 0.0, -10000.0).unsqueeze(-1)  # as the original: padding sorts last
@@ -243,11 +244,11 @@ class TestInTorch:
         torch.testing.assert_close(program.module()(*x), module(*x), rtol=0, atol=1e-6)
 
     def test_opcheck_of_the_whole_method(self) -> None:
-        args = (*inputs(n=75), draws(), torch.rand(2, 75) < 0.7, None, SIZE, None, 0.3)
+        args = (*inputs(n=75), draws(), torch.rand(2, 75) < 0.7, None, SIZE, None, 0.3, 3)
         torch.library.opcheck(torch.ops.fastattn.smyrf_attention.default, args)
 
     def test_the_exported_op_refuses_to_pass_gradients(self) -> None:
-        out, _ = torch.ops.fastattn.smyrf_attention(*leaves(*inputs()), draws(), None, None, SIZE, None, 0.3)
+        out, _ = torch.ops.fastattn.smyrf_attention(*leaves(*inputs()), draws(), None, None, SIZE, None, 0.3, 3)
         with pytest.raises(RuntimeError, match="inference only"):
             out.sum().backward()
 

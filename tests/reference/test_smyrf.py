@@ -34,7 +34,7 @@ def test_transforms_put_all_on_one_sphere_and_keep_inner_products() -> None:
 def test_each_round_puts_each_query_with_one_balanced_cluster_of_keys(n: int, s: int, size: int) -> None:
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, n, 6, generator=g), torch.randn(1, 2, s, 6, generator=g)
-    count = meeting_counts(q, k, torch.randn(8, 3, generator=g), size)
+    count = meeting_counts(q, k, torch.randn(8, 3, generator=g), q_cluster_size=size)
     n_blocks = min(-(-n // size), s)
     per_query = count.sum(-1)
     assert per_query.min() >= 3  # a key in each round at the least
