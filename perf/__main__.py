@@ -1,40 +1,81 @@
-"""``python -m perf [smyrf] [block_attention] [launch]``: measure, print, and write the table to ``perf/results/``."""
+"""``python -m perf [smyrf] [launch] ...``: measure, print, and write a table a bench to ``perf/results/<machine>/``.
+
+``python -m perf methods --peers`` takes the methods alone, with other libraries beside them; ``python -m perf plot``
+draws what was measured over the length.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from perf import bench_block_attention, bench_launch, bench_smyrf, report
+from perf import (
+    bench_block_attention,
+    bench_clustered,
+    bench_improved,
+    bench_launch,
+    bench_linear,
+    bench_reformer,
+    bench_smyrf,
+    plot,
+    report,
+)
+from perf.report import Row
 
-BENCHES = {"smyrf": bench_smyrf.rows, "block_attention": bench_block_attention.rows, "launch": bench_launch.rows}
+METHODS = {  # each against torch's attention and its peers
+    "smyrf": bench_smyrf,
+    "reformer": bench_reformer,
+    "clustered": bench_clustered,
+    "improved": bench_improved,
+    "linear": bench_linear,
+}
+BENCHES = [*METHODS, "block_attention", "launch"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf", description="Speed and memory against torch, beside goals.")
-    parser.add_argument("bench", nargs="*", choices=[[], *BENCHES], help="which (default: all)")
+    parser.add_argument(
+        "what", nargs="*", choices=[[], *BENCHES, "methods", "plot"], help="benches (default: all), or plot"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2, which the goals are for)")
+    parser.add_argument("--peers", action="store_true", help="other libraries as well: see `make bench-peers`")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="FACTOR", help="of the time for each bench")
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the tables")
     chosen = parser.parse_args(arguments)
 
+    if chosen.what == ["plot"]:
+        for path in plot.draw_all(chosen.results):
+            print(f"written to {path}", file=sys.stderr)
+        return
     torch.set_num_threads(chosen.threads)
     facts = report.machine_facts()
     for name, value in facts.items():
         print(f"{name}: {value}", file=sys.stderr)
-    rows = []
-    for name in chosen.bench or BENCHES:
-        for row in BENCHES[name]():
+    for bench in METHODS if chosen.what == ["methods"] else chosen.what or BENCHES:
+        rows = []
+        for row in _rows(bench, chosen.seconds, chosen.peers):
             rows.append(row)
-            print(
-                f"  {row.what}, N={row.length}: {row.value:.3g} {row.unit} {row.verdict}", file=sys.stderr, flush=True
-            )
-    path = report.write(rows, facts, chosen.results)
-    print(report.markdown(rows, facts))
-    print(f"written to {path}", file=sys.stderr)
+            print(f"  {row.what}, N={row.length}: {row.figure} {row.verdict}", file=sys.stderr, flush=True)
+        path = report.write(bench, rows, facts, chosen.results)
+        print(report.markdown(bench, rows, facts))
+        print(f"written to {path}", file=sys.stderr)
+
+
+def _rows(bench: str, factor: float, with_peers: bool) -> Iterator[Row]:
+    if bench in METHODS:
+        module = METHODS[bench]
+        return module.rows(seconds=_scaled(module.SECONDS, factor), with_peers=with_peers)
+    if bench == "launch":
+        return bench_launch.rows(seconds=factor * bench_launch.SECONDS)
+    return bench_block_attention.rows(seconds=_scaled(bench_block_attention.SECONDS, factor))
+
+
+def _scaled(seconds: Mapping[int, float], factor: float) -> dict[int, float]:
+    return {length: factor * budget for length, budget in seconds.items()}
 
 
 if __name__ == "__main__":

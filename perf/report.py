@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,24 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One call of a comparison: its name, which pass, tokens, time, and bytes of extra memory (None: not known)."""
+
+    call: str
+    which: str
+    length: int
+    timing: Timing
+    memory: int | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One figure beside its goal.
 
-    what: in words. length: tokens, N. unit: "x" (times faster), "%" (of a rate), "us" or "MB". value: the figure;
-    low, high: where its inputs' quartiles would put it. goal: None where there is none. detail: the times behind it.
-    smaller: is a smaller value the better one?
+    what: in words. length: tokens, N. unit: "x" (times faster), "%" (of a rate), "us" or "MB". value: the figure, NaN
+    where nothing could be measured; low, high: where its inputs' quartiles would put it. goal: None where there is
+    none. detail: the times behind it, or why there are none. smaller: is a smaller value the better one? behind: the
+    calls that the row is about, for plots.
     """
 
     what: str
@@ -39,9 +53,19 @@ class Row:
     goal: float | None
     detail: str
     smaller: bool = False
+    behind: tuple[Measured, ...] = ()
+
+    @property
+    def figure(self) -> str:
+        if math.isnan(self.value):
+            return ""
+        spread = f" ({_number(self.low)}-{_number(self.high)})" if self.low != self.high else ""
+        return f"{_number(self.value)} {self.unit}{spread}"
 
     @property
     def verdict(self) -> str:
+        if math.isnan(self.value):
+            return "not measured"
         if self.goal is None:
             return ""
         if self.smaller:
@@ -51,12 +75,19 @@ class Row:
         return "half reached" if self.value >= self.goal / 2 else "below half"
 
 
-def ratio_row(what: str, length: int, slow: Timing, fast: Timing, goal: float | None) -> Row:
+def ratio_row(what: str, length: int, slow: Timing | Measured, fast: Timing | Measured, goal: float | None) -> Row:
     """How many times faster ``fast`` is than ``slow``; both from one run."""
+    behind = tuple(x for x in (slow, fast) if isinstance(x, Measured))
+    slow, fast = (x.timing if isinstance(x, Measured) else x for x in (slow, fast))
     return Row(
         what, length, "x", slow.median_us / fast.median_us, slow.low_us / fast.high_us, slow.high_us / fast.low_us,
-        goal, f"{_time(slow)} against {_time(fast)}",
+        goal, f"{_time(slow)} against {_time(fast)}", behind=behind,
     )  # fmt: skip
+
+
+def missing_row(what: str, length: int, goal: float | None, why: str) -> Row:
+    """Stands where a comparison could not be made."""
+    return Row(what, length, "x", math.nan, math.nan, math.nan, goal, why)
 
 
 def rate_row(
@@ -96,9 +127,9 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
+def markdown(bench: str, rows: Sequence[Row], facts: dict[str, str]) -> str:
     lines = [
-        "# Benchmarks",
+        f"# Benchmarks: {bench.replace('_', ' ')}",
         "",
         "B=1, H=8, D=64, fp32. Medians of one run in which the compared calls take turns; in brackets where the "
         "quartiles would put the figure. Made by `make bench`.",
@@ -110,22 +141,24 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
     ]
     for row in rows:
         goal = "" if row.goal is None else f"{'below ' if row.smaller else ''}{row.goal:g} {row.unit}"
-        figure = f"{_number(row.value)} {row.unit}"
-        if row.low != row.high:
-            figure += f" ({_number(row.low)}-{_number(row.high)})"
-        lines.append(f"| {row.what} | {row.length} | {figure} | {goal} | {row.verdict} | {row.detail} |")
+        lines.append(f"| {row.what} | {row.length} | {row.figure} | {goal} | {row.verdict} | {row.detail} |")
     return "\n".join([*lines, ""])
 
 
-def write(rows: Sequence[Row], facts: dict[str, str], folder: Path = RESULTS) -> Path:
-    """Writes ``folder``/<machine>.md and .json; returns the path of the former."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(bench: str, rows: Sequence[Row], facts: dict[str, str], folder: Path = RESULTS) -> Path:
+    """Writes ``folder``/<machine>/<bench>.md and .json, which no other bench touches; returns the former's path."""
     kind = "-".join([facts["CPU"], facts["vectors"], facts["threads"], "threads"])
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".md")
-    path.write_text(markdown(rows, facts))
-    figures = [{**asdict(row), "verdict": row.verdict} for row in rows]
+    path = folder / re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") / f"{bench}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(bench, rows, facts))
+    figures = [_without_nan({**asdict(row), "verdict": row.verdict}) for row in rows]
     path.with_suffix(".json").write_text(json.dumps({"machine": facts, "rows": figures}, indent=1) + "\n")
     return path
+
+
+def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
 
 def _time(timing: Timing) -> str:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from perf import bench_block_attention, bench_launch, bench_smyrf
+from perf import bench_block_attention, bench_launch, bench_smyrf, peers, versus
+from perf.__main__ import METHODS
 
 
-def test_smyrf_is_measured_forward_and_backward_and_by_memory():
-    rows = list(bench_smyrf.rows((256,), {256: 0.2}))
-    assert [row.unit for row in rows] in (["x", "x", "MB", "MB"], ["x", "x"])  # no memory where it can't be read
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_measured_forward_and_backward_and_by_memory(name: str):
+    bench = METHODS[name]
+    assert tuple(bench.SECONDS) == versus.LENGTHS
+    rows = list(bench.rows((256,), {256: 0.05}))
+    speeds, memory = ([row for row in rows if row.unit == unit] for unit in ("x", "MB"))
+    assert [row.what.split(", against")[0].endswith("backward") for row in speeds] == len(speeds) // 2 * [False, True]
+    assert len(memory) in (0, len(speeds))  # none where it can't be read
     assert all(row.value > 0 and row.low <= row.value <= row.high for row in rows)
     assert all(row.goal is None for row in rows)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_rivals_of_a_method_are_torch_or_peers_that_there_are(name: str):
+    methods = [x for x in vars(METHODS[name]).values() if isinstance(x, versus.Method)]
+    assert methods
+    for rival in (rival for method in methods for rival in method.rivals):
+        assert rival.attention is not None or rival.name in peers.PEERS
+
+
+def test_smyrf_stands_beside_the_original_as_a_share_of_torchs_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(bench_smyrf.ORIGINAL, 256, 2.0)
+    monkeypatch.setitem(bench_smyrf.ORIGINAL_GOALS, 256, 5.0)
+    dense, original, *_ = bench_smyrf.rows((256,), {256: 0.05})
+    assert original.what.endswith("forward, against the original")
+    assert (original.value, original.low, original.goal) == (2 * dense.value, 2 * dense.low, 5.0)
+    assert "not run here" in original.detail
+
+
 def test_every_length_of_the_goals_has_its_goal():
-    assert set(bench_smyrf.FORWARD_GOALS) == set(bench_smyrf.BOTH_GOALS) == set(bench_smyrf.SECONDS)
+    for goals in (*bench_smyrf.GOALS.values(), bench_smyrf.ORIGINAL, bench_smyrf.ORIGINAL_GOALS):
+        assert set(goals) == set(bench_smyrf.SECONDS)
     assert set(bench_block_attention.BLOCK_LENGTHS) <= set(bench_block_attention.SECONDS)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastattn.autotune.measure import Timing
-from perf.report import Row, markdown, rate_row, ratio_row, refuse_if_off, write
+from perf.report import Row, markdown, missing_row, rate_row, ratio_row, refuse_if_off, write
 
 SLOW = Timing(median_us=8000.0, low_us=6000.0, high_us=9000.0, runs=5)
 FAST = Timing(median_us=2000.0, low_us=1500.0, high_us=3000.0, runs=7)
@@ -43,7 +43,7 @@ def test_of_memory_less_is_better():
 
 
 def test_the_table_has_a_line_for_each_row_with_figure_goal_and_verdict():
-    text = markdown([ratio_row("SMYRF against SDPA", 4096, SLOW, FAST, goal=6.0)], FACTS)
+    text = markdown("smyrf", [ratio_row("SMYRF against SDPA", 4096, SLOW, FAST, goal=6.0)], FACTS)
     assert (
         "| SMYRF against SDPA | 4096 | 4.0 x (2.0-6.0) | 6 x | half reached | 8.0 ms (of 5) against 2.0 ms (of 7) |"
         in text
@@ -51,12 +51,23 @@ def test_the_table_has_a_line_for_each_row_with_figure_goal_and_verdict():
     assert "Some CPU @ 2.0GHz" in text
 
 
-def test_files_are_named_by_the_kind_of_machine(tmp_path: Path):
-    path = write([ratio_row("a", 64, SLOW, FAST, goal=None)], FACTS, tmp_path)
-    assert path.name == "some-cpu-2-0ghz-avx2-2-threads.md"
-    written = json.loads(path.with_suffix(".json").read_text())
+def test_a_comparison_that_could_not_be_made_says_why_and_is_no_number():
+    row = missing_row("SMYRF, forward, against a peer", 4096, 8.0, "it does not build")
+    assert "| SMYRF, forward, against a peer | 4096 |  | 8 x | not measured | it does not build |" in markdown(
+        "smyrf", [row], FACTS
+    )
+
+
+def test_each_bench_has_files_of_its_own_in_a_folder_named_by_the_kind_of_machine(tmp_path: Path):
+    path = write("smyrf", [ratio_row("a", 64, SLOW, FAST, goal=None), missing_row("b", 64, None, "")], FACTS, tmp_path)
+    assert path.relative_to(tmp_path) == Path("some-cpu-2-0ghz-avx2-2-threads/smyrf.md")
+    before = path.read_text()
+    other = write("launch", [ratio_row("b", 64, SLOW, FAST, goal=None)], FACTS, tmp_path)
+    assert other == path.with_name("launch.md")
+    assert path.read_text() == before
+    written = json.loads(path.with_suffix(".json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert written["machine"] == FACTS
-    assert written["rows"][0]["value"] == 4.0
+    assert [row["value"] for row in written["rows"]] == [4.0, None]
 
 
 def test_a_wrong_result_stops_a_benchmark():
