@@ -1,0 +1,564 @@
+"""Linear attention: a feature map of queries and keys in place of the softmax, so that sums over keys are made once.
+
+With phi the feature map, y_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps), where j runs over
+all keys, or those up to i (Katharopoulos et al. 2020, "Transformers are RNNs", sections 3.2 and 3.3). A state is the
+pair S = sum_j phi(k_j) v_j^T (features x values) and Z = sum_j phi(k_j), which lie one after the other in memory, fp32.
+
+Every pass has the same three steps. *States*: one for each chunk of rows, all at once. *Scan*: their running sums over
+the chunks, or their sum. *Outputs* or *gradients*: each tile of rows meets the state before its chunk, and, if causal,
+the rows of its own chunk by a masked product. The passes differ in which rows are *own*, those that results are for,
+and which are *other*, those that are summed over: the forward and dq have queries as own and scan forward, dk and dv
+have keys as own and scan backward, with phi(q), dout / denominator for phi(k), v. No atomics: each result has one
+writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .feature_tiles import load_features, load_tile, operand, slope
+from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
+from .tiles import head_of
+
+
+@triton.jit
+def take_part(rows, length, key_mask_ptr, batch, IS_MASKED: tl.constexpr):
+    """Which of ``rows`` are there, and, if they are masked keys', are not masked out."""
+    keep = rows < length
+    if IS_MASKED:
+        keep = tl.load(key_mask_ptr + batch * length + rows, mask=keep, other=0) != 0
+    return keep
+
+
+@triton.jit
+def inverse_of(den_ptr, rows, keep):
+    """1 / denominator of queries, 0 where that is 0."""
+    den = tl.load(den_ptr + rows, mask=keep, other=0.0)
+    return tl.where(den == 0.0, 0.0, 1.0 / den)
+
+
+@triton.jit
+def states_kernel(
+    other_x_ptr, other_y_ptr, key_mask_ptr, den_ptr, delta_ptr, states_ptr,
+    other_x_stride_b, other_x_stride_h, other_x_stride_n, other_y_stride_b, other_y_stride_h, other_y_stride_n,
+    n_other_heads, n_other, n_chunks, chunk,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FEATURE_MAP: tl.constexpr, OWN_KEYS: tl.constexpr, OTHER_MASK: tl.constexpr,
+    NARROW: tl.constexpr, NARROW_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # one program = one tile of the state of one chunk
+    pid = tl.program_id(0)
+    f_tiles: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
+    dv_tiles: tl.constexpr = (VALUE_DIM + BLOCK_DV - 1) // BLOCK_DV
+    dv_start = pid % dv_tiles * BLOCK_DV
+    f_start = pid // dv_tiles % f_tiles * BLOCK_F
+    chunk_id = pid // (dv_tiles * f_tiles)
+    row = (chunk_id // n_chunks).to(tl.int64)
+    x_ptr = head_of(other_x_ptr, row, n_other_heads, 1, other_x_stride_b, other_x_stride_h)
+    y_ptr = head_of(other_y_ptr, row, n_other_heads, 1, other_y_stride_b, other_y_stride_h)
+    den_ptr += row * n_other
+    delta_ptr += row * n_other
+    first = chunk_id % n_chunks * chunk
+    last = tl.minimum(first + chunk, n_other)
+
+    s = tl.zeros([BLOCK_F, BLOCK_DV], tl.float32)
+    z = tl.zeros([BLOCK_F], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        keep = take_part(rows, n_other, key_mask_ptr, row // n_other_heads, OTHER_MASK) & (rows < last)
+        phi = load_features(x_ptr, rows, keep, other_x_stride_n, f_start, FEATURE_MAP, FEATURES, BLOCK_F)
+        y = load_tile(y_ptr, rows, keep, other_y_stride_n, dv_start, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        if OWN_KEYS:
+            inverse = inverse_of(den_ptr, rows, keep)  # [BLOCK_N]
+            delta = tl.load(delta_ptr + rows, mask=keep, other=0.0)  # [BLOCK_N]
+            phi = phi * inverse[:, None]  # [BLOCK_N, BLOCK_F]
+            z -= tl.sum(phi * delta[:, None], 0)
+            left, right = operand(phi, other_y_ptr, NARROW_SUMS), operand(y, other_y_ptr, NARROW_SUMS)
+        else:
+            z += tl.sum(phi, 0)
+            left, right = operand(phi, other_y_ptr, NARROW), operand(y, other_y_ptr, NARROW)
+        s = tl.dot(tl.trans(left), right, s, input_precision=PRECISION)
+
+    states_ptr += chunk_id.to(tl.int64) * (FEATURES * (VALUE_DIM + 1))
+    f, dv = f_start + tl.arange(0, BLOCK_F), dv_start + tl.arange(0, BLOCK_DV)
+    tl.store(
+        states_ptr + f[:, None] * VALUE_DIM + dv[None, :], s, mask=(f < FEATURES)[:, None] & (dv < VALUE_DIM)[None, :]
+    )
+    if dv_start == 0:
+        tl.store(states_ptr + FEATURES * VALUE_DIM + f, z, mask=f < FEATURES)
+
+
+@triton.jit
+def scan_kernel(
+    states_ptr, initial_ptr, before_ptr, final_ptr, n_heads, group_size, n_chunks, size,
+    BLOCK_SIZE: tl.constexpr, HAS_INITIAL: tl.constexpr, KEEPS_BEFORE: tl.constexpr, OWN_KEYS: tl.constexpr,
+):  # fmt: skip
+    # one program = BLOCK_SIZE numbers of the states of one head, from the first chunk to the last, or back
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(size, BLOCK_SIZE)
+    row = (pid // n_tiles).to(tl.int64)
+    at = pid % n_tiles * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = at < size
+    if HAS_INITIAL:
+        total = tl.load(initial_ptr + row * size + at, mask=mask, other=0.0)  # [BLOCK_SIZE]
+    else:
+        total = tl.zeros([BLOCK_SIZE], tl.float32)
+    for step in range(0, n_chunks):
+        chunk_id = n_chunks - 1 - step if OWN_KEYS else step
+        state = tl.load(states_ptr + (row // group_size * n_chunks + chunk_id) * size + at, mask=mask, other=0.0)
+        if KEEPS_BEFORE:
+            # it may stand where the state stood
+            tl.store(before_ptr + (row * n_chunks + chunk_id) * size + at, total, mask=mask)
+        total += state
+    tl.store(final_ptr + row * size + at, total, mask=mask)
+
+
+@triton.jit
+def outputs_kernel(
+    own_x_ptr, other_x_ptr, other_y_ptr, key_mask_ptr, before_ptr, den_ptr, result_ptr,
+    own_x_stride_b, own_x_stride_h, own_x_stride_n, other_x_stride_b, other_x_stride_h, other_x_stride_n,
+    other_y_stride_b, other_y_stride_h, other_y_stride_n,
+    n_heads, own_group, other_group, n_own, n_other, n_chunks, eps,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FEATURE_MAP: tl.constexpr, OWN_KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    OWN_MASK: tl.constexpr, OTHER_MASK: tl.constexpr, NARROW: tl.constexpr, NARROW_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # one program = BLOCK_M own rows, BLOCK_DV columns of their results: out of queries, dv of keys
+    pid = tl.program_id(0)
+    dv_tiles: tl.constexpr = (VALUE_DIM + BLOCK_DV - 1) // BLOCK_DV
+    m_tiles = tl.cdiv(n_own, BLOCK_M)
+    dv_start = pid % dv_tiles * BLOCK_DV
+    m_tile = pid // dv_tiles % m_tiles
+    row = (pid // (dv_tiles * m_tiles)).to(tl.int64)
+    x_ptr = head_of(own_x_ptr, row, n_heads, own_group, own_x_stride_b, own_x_stride_h)
+    before_ptr += (row * n_chunks + m_tile if IS_CAUSAL else row) * (FEATURES * (VALUE_DIM + 1))
+    den_ptr += row * (n_other if OWN_KEYS else n_own)
+    result_ptr += row * n_own * VALUE_DIM
+    rows = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep = take_part(rows, n_own, key_mask_ptr, row // n_heads, OWN_MASK)
+    dv = dv_start + tl.arange(0, BLOCK_DV)
+    if IS_CAUSAL:
+        k_ptr = head_of(other_x_ptr, row, n_heads, other_group, other_x_stride_b, other_x_stride_h)
+        y_ptr = head_of(other_y_ptr, row, n_heads, other_group, other_y_stride_b, other_y_stride_h)
+        other_keep = take_part(rows, n_other, key_mask_ptr, row // n_heads, OTHER_MASK)
+        weights = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, FEATURES, BLOCK_F):
+        phi = load_features(x_ptr, rows, keep, own_x_stride_n, start, FEATURE_MAP, FEATURES, BLOCK_F)
+        f = start + tl.arange(0, BLOCK_F)
+        s = tl.load(
+            before_ptr + f[:, None] * VALUE_DIM + dv[None, :],
+            mask=(f < FEATURES)[:, None] & (dv < VALUE_DIM)[None, :], other=0.0,
+        )  # [BLOCK_F, BLOCK_DV]  # fmt: skip
+        acc = tl.dot(
+            operand(phi, other_y_ptr, NARROW_SUMS), operand(s, other_y_ptr, NARROW_SUMS), acc, input_precision=PRECISION
+        )
+        if not OWN_KEYS:
+            z = tl.load(before_ptr + FEATURES * VALUE_DIM + f, mask=f < FEATURES, other=0.0)  # [BLOCK_F]
+            total += tl.sum(phi * z[None, :], 1)
+        if IS_CAUSAL:
+            other = load_features(k_ptr, rows, other_keep, other_x_stride_n, start, FEATURE_MAP, FEATURES, BLOCK_F)
+            weights = tl.dot(
+                operand(phi, other_y_ptr, NARROW), tl.trans(operand(other, other_y_ptr, NARROW)), weights,
+                input_precision=PRECISION,
+            )  # fmt: skip
+
+    if IS_CAUSAL:
+        if OWN_KEYS:
+            weights = tl.where(rows[:, None] <= rows[None, :], weights, 0.0)
+            weights = weights * inverse_of(den_ptr, rows, other_keep)[None, :]
+        else:
+            weights = tl.where(rows[:, None] >= rows[None, :], weights, 0.0)
+            total += tl.sum(weights, 1)
+        y = load_tile(y_ptr, rows, other_keep, other_y_stride_n, dv_start, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        acc = tl.dot(
+            operand(weights, other_y_ptr, NARROW_SUMS), operand(y, other_y_ptr, NARROW_SUMS), acc,
+            input_precision=PRECISION,
+        )  # fmt: skip
+    if not OWN_KEYS:
+        den = total + eps
+        if dv_start == 0:
+            tl.store(den_ptr + rows, den, mask=keep)
+        acc = acc * tl.where(den == 0.0, 0.0, 1.0 / den)[:, None]
+    tl.store(
+        result_ptr + rows.to(tl.int64)[:, None] * VALUE_DIM + dv[None, :], acc.to(result_ptr.dtype.element_ty),
+        mask=(rows < n_own)[:, None] & (dv < VALUE_DIM)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def gradients_kernel(
+    own_x_ptr, own_y_ptr, other_x_ptr, other_y_ptr, key_mask_ptr, before_ptr, out_ptr, den_ptr, delta_ptr,
+    dx_ptr,
+    own_x_stride_b, own_x_stride_h, own_x_stride_n, own_y_stride_b, own_y_stride_h, own_y_stride_n,
+    other_x_stride_b, other_x_stride_h, other_x_stride_n, other_y_stride_b, other_y_stride_h, other_y_stride_n,
+    n_heads, own_group, other_group, n_own, n_other, n_chunks,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FEATURE_MAP: tl.constexpr, OWN_KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    OWN_MASK: tl.constexpr, OTHER_MASK: tl.constexpr, NARROW: tl.constexpr, NARROW_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # one program = BLOCK_M own rows, BLOCK_F columns of their gradients: dq of queries, dk of keys
+    pid = tl.program_id(0)
+    f_tiles: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
+    m_tiles = tl.cdiv(n_own, BLOCK_M)
+    f_start = pid % f_tiles * BLOCK_F
+    m_tile = pid // f_tiles % m_tiles
+    row = (pid // (f_tiles * m_tiles)).to(tl.int64)
+    x_ptr = head_of(own_x_ptr, row, n_heads, own_group, own_x_stride_b, own_x_stride_h)
+    y_ptr = head_of(own_y_ptr, row, n_heads, own_group, own_y_stride_b, own_y_stride_h)
+    before_ptr += (row * n_chunks + m_tile if IS_CAUSAL else row) * (FEATURES * (VALUE_DIM + 1))
+    den_ptr += row * (n_other if OWN_KEYS else n_own)
+    delta_ptr += row * (n_other if OWN_KEYS else n_own)
+    out_ptr += row * n_own * VALUE_DIM
+    dx_ptr += row * n_own * FEATURES
+    rows = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep = take_part(rows, n_own, key_mask_ptr, row // n_heads, OWN_MASK)
+    f = f_start + tl.arange(0, BLOCK_F)
+    if IS_CAUSAL:
+        k_ptr = head_of(other_x_ptr, row, n_heads, other_group, other_x_stride_b, other_x_stride_h)
+        v_ptr = head_of(other_y_ptr, row, n_heads, other_group, other_y_stride_b, other_y_stride_h)
+        other_keep = take_part(rows, n_other, key_mask_ptr, row // n_heads, OTHER_MASK)
+        weights = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, VALUE_DIM, BLOCK_DV):
+        y = load_tile(y_ptr, rows, keep, own_y_stride_n, start, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        dv = start + tl.arange(0, BLOCK_DV)
+        s = tl.load(
+            before_ptr + f[:, None] * VALUE_DIM + dv[None, :],
+            mask=(f < FEATURES)[:, None] & (dv < VALUE_DIM)[None, :], other=0.0,
+        )  # [BLOCK_F, BLOCK_DV]  # fmt: skip
+        acc = tl.dot(
+            operand(y, own_y_ptr, NARROW_SUMS), tl.trans(operand(s, own_y_ptr, NARROW_SUMS)), acc,
+            input_precision=PRECISION,
+        )  # fmt: skip
+        if IS_CAUSAL:
+            other = load_tile(v_ptr, rows, other_keep, other_y_stride_n, start, VALUE_DIM, BLOCK_DV)
+            weights = tl.dot(y, tl.trans(other), weights, input_precision=PRECISION)  # [BLOCK_M, BLOCK_M]
+        if not OWN_KEYS:
+            out = load_tile(out_ptr, rows, keep, VALUE_DIM, start, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            delta += tl.sum(y.to(tl.float32) * out.to(tl.float32), 1)
+
+    # a value has a 1 behind it and dout / denominator a -delta / denominator: what they bring to the denominator
+    z = tl.load(before_ptr + FEATURES * VALUE_DIM + f, mask=f < FEATURES, other=0.0)  # [BLOCK_F]
+    if OWN_KEYS:
+        acc += tl.where(keep, 1.0, 0.0)[:, None] * z[None, :]
+    else:
+        if f_start == 0:
+            tl.store(delta_ptr + rows, delta, mask=keep)  # the keys' pass reads it
+        inverse = inverse_of(den_ptr, rows, keep)  # [BLOCK_M]
+        acc = (acc - delta[:, None] * z[None, :]) * inverse[:, None]
+    if IS_CAUSAL:
+        if OWN_KEYS:
+            inverse = inverse_of(den_ptr, rows, other_keep)  # [BLOCK_M]
+            delta = tl.load(delta_ptr + rows, mask=other_keep, other=0.0)  # [BLOCK_M]
+            weights = (weights - delta[None, :]) * inverse[None, :]
+            weights = tl.where((rows[:, None] <= rows[None, :]) & keep[:, None], weights, 0.0)
+        else:
+            weights = (weights - delta[:, None]) * inverse[:, None]
+            weights = tl.where(rows[:, None] >= rows[None, :], weights, 0.0)
+        phi = load_features(k_ptr, rows, other_keep, other_x_stride_n, f_start, FEATURE_MAP, FEATURES, BLOCK_F)
+        acc = tl.dot(
+            operand(weights, own_y_ptr, NARROW_SUMS), operand(phi, own_y_ptr, NARROW_SUMS), acc,
+            input_precision=PRECISION,
+        )  # fmt: skip
+    x = load_tile(x_ptr, rows, keep, own_x_stride_n, f_start, FEATURES, BLOCK_F).to(tl.float32)
+    dx = (acc * slope(x, FEATURE_MAP)).to(dx_ptr.dtype.element_ty)
+    tl.store(
+        dx_ptr + rows.to(tl.int64)[:, None] * FEATURES + f[None, :], dx,
+        mask=(rows < n_own)[:, None] & (f < FEATURES)[None, :],
+    )  # fmt: skip
+
+
+_SPACE = TuningSpace(
+    blocks={"BLOCK_M": (16, 32, 64, 128), "BLOCK_F": (16, 32, 64, 128), "BLOCK_DV": (16, 32, 64, 128)},
+    num_warps=(4, 8), num_stages=(1, 2, 3),
+)  # fmt: skip
+TUNING: dict[str, TuningSpace] = {
+    "linear_attention_states": TuningSpace(
+        blocks={"BLOCK_N": (16, 32, 64, 128), "BLOCK_F": (16, 32, 64, 128), "BLOCK_DV": (16, 32, 64, 128)},
+        num_warps=(4, 8), num_stages=(1, 2, 3),
+    ),
+    "linear_attention_scan": TuningSpace(blocks={"BLOCK_SIZE": (256, 512, 1024, 2048)}, num_stages=(1, 2, 4)),
+    "linear_attention_outputs": _SPACE,
+    "linear_attention_gradients": _SPACE,
+}  # fmt: skip
+KERNELS = {
+    "linear_attention_states": states_kernel,
+    "linear_attention_scan": scan_kernel,
+    "linear_attention_outputs": outputs_kernel,
+    "linear_attention_gradients": gradients_kernel,
+}
+
+
+def cost(
+    kernel: str, *, batch: int, heads: int, length: int, features: int, value_dim: int, is_causal: bool,
+    chunk: int = 64, element_size: int = 4,
+) -> Cost:  # fmt: skip
+    """Work of one launch of ``kernel`` (a key of :data:`TUNING`) over ``length`` rows a head.
+
+    chunk: rows of a state; without ``is_causal`` it matters to states and scan alone.
+    """
+    rows = batch * heads * length
+    state = features * (value_dim + 1)
+    states = batch * heads * cdiv(length, chunk) * state * 4
+    met = 2 * rows * features * value_dim
+    within = 2 * rows * chunk * (features + value_dim) if is_causal else 0
+    read = rows * (features + value_dim) * element_size
+    if kernel == "linear_attention_states":
+        return Cost(met, read + states, rows * features)
+    if kernel == "linear_attention_scan":
+        return Cost(states / 4, (2 if is_causal else 1) * states + batch * heads * state * 4, 0)
+    if kernel in ("linear_attention_outputs", "linear_attention_gradients"):
+        before = states if is_causal else batch * heads * state * 4
+        return Cost(met + within, (2 if is_causal else 1) * read + before, (2 if is_causal else 1) * rows * features)
+    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+
+
+def heuristic(
+    kernel: str, device_type: str, features: int, value_dim: int, element_size: int = 4, is_causal: bool = False
+) -> Config:  # fmt: skip
+    """The configuration where nothing was tuned.
+
+    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. BLOCK_M of a causal pass is also the length of its chunks: with 64
+    the products within a chunk cost as much as those with 64 features' states, and the states take the memory of one
+    more tensor like k. On a CPU, 32 and 128 were 1 and 1.5 times as slow.
+    """
+    if kernel == "linear_attention_scan":
+        return Config({"BLOCK_SIZE": 1024})
+    f, dv = (max(16, next_power_of_2(dim)) for dim in (features, value_dim))
+    rows = "BLOCK_N" if kernel == "linear_attention_states" else "BLOCK_M"
+    warps = 4
+    if device_type == "cpu":
+        blocks = {rows: 64 if is_causal else 128, "BLOCK_F": min(f, 128), "BLOCK_DV": min(dv, 128)}
+    else:
+        # exact fp32 dots run on the plain ALUs, with their operands in registers
+        tile = 64 if element_size <= 2 else 32
+        blocks = {rows: tile, "BLOCK_F": min(f, tile), "BLOCK_DV": min(dv, tile)}
+        # of so many warps the registers suffice
+        is_large = kernel == "linear_attention_gradients" or max(f, dv) > 64 or element_size > 2
+        warps = 8 if device_type == "cuda" and is_large else 4
+    return Config(blocks, num_warps=warps, num_stages=2)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """feature_map: one of :data:`FEATURE_MAPS`. own_keys: the pass whose results belong to keys. has_initial: is there
+    a state to begin with (going backward, a gradient of the last state)?"""
+
+    feature_map: str = "elu"
+    is_causal: bool = False
+    own_keys: bool = False
+    has_mask: bool = False
+    has_initial: bool = False
+
+
+def configurations(
+    kernels: tuple[str, ...], device_type: str, features: int, value_dim: int, element_size: int, is_causal: bool,
+    tuned: Mapping[str, Config | None],
+) -> dict[str, Config]:  # fmt: skip
+    """For each of ``kernels`` of one pass the tuned configuration or else the heuristic's.
+
+    Those that read one scan's states share their length of a tile, which is that of the states' chunks: the first's."""
+    chosen, tile = {}, None
+    for kernel in kernels:
+        config = tuned.get(kernel) or heuristic(kernel, device_type, features, value_dim, element_size, is_causal)
+        tile = tile or config.blocks.get("BLOCK_M")
+        if config.blocks.get("BLOCK_M") not in (None, tile):
+            config = replace(config, blocks=config.blocks | {"BLOCK_M": tile})
+        chosen[kernel] = config
+    return chosen
+
+
+def chunk_length(length: int, is_causal: bool, config: Mapping[str, Config]) -> int:
+    """Rows of a state. Causal: a tile of the rows that meet it; else as many as keep all cores at work."""
+    if not is_causal:
+        return max(512, next_power_of_2(cdiv(length, 64)))
+    return next(chosen.blocks["BLOCK_M"] for chosen in config.values() if "BLOCK_M" in chosen.blocks)
+
+
+def launches_of(
+    kernels: tuple[str, ...], tensors: Mapping[str, torch.Tensor], pattern: Pattern, eps: float,
+    config: Mapping[str, Config], chunk: int,
+) -> Iterator[Launch]:  # fmt: skip
+    """Launches of a pass on ``tensors``, named as the kernels' pointer arguments without ``_ptr``; there may be more.
+
+    kernels: in the order in which they run. config: one for each. chunk: rows of a state.
+    """
+    own, x, y = tensors["own_x"], tensors["other_x"], tensors["other_y"]
+    batch, other_heads, n_other, features = x.shape
+    n_own, value_dim = own.shape[2], y.shape[3]
+    n_heads = max(own.shape[1], other_heads)
+    size = features * (value_dim + 1)
+    n_chunks = cdiv(n_other, chunk)
+    is_half = y.dtype != torch.float32
+    # fp16 has no room for sums over keys, nor for squares of features; features that come in fp32 keep their precision
+    narrow = is_half and x.dtype == y.dtype and (y.dtype == torch.bfloat16 or pattern.feature_map != "relu2")
+    args: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    for name in ("own_x", "own_y", "other_x", "other_y"):
+        if name in tensors:
+            args |= dict(zip((f"{name}_stride_{axis}" for axis in "bhn"), tensors[name].stride(), strict=False))
+    args |= {"n_heads": n_heads, "n_other_heads": other_heads, "n_own": n_own, "n_other": n_other}
+    args |= {"own_group": n_heads // own.shape[1], "other_group": n_heads // other_heads}
+    args |= {"group_size": n_heads // other_heads, "n_chunks": n_chunks, "chunk": chunk, "size": size, "eps": eps}
+    args |= {"FEATURES": features, "VALUE_DIM": value_dim, "FEATURE_MAP": pattern.feature_map}
+    args |= {"OWN_KEYS": pattern.own_keys, "IS_CAUSAL": pattern.is_causal, "KEEPS_BEFORE": pattern.is_causal}
+    args |= {"OWN_MASK": pattern.has_mask and pattern.own_keys, "HAS_INITIAL": pattern.has_initial}
+    args |= {"OTHER_MASK": pattern.has_mask and not pattern.own_keys}
+    args |= {"NARROW": narrow, "NARROW_SUMS": narrow and y.dtype == torch.bfloat16}
+    # what is fp32 beside fp16 or bf16 inputs needs no more than TF32's precision
+    args |= {"PRECISION": "tf32" if is_half and not torch.version.hip else dot_precision(y.dtype)}
+    for kernel in kernels:
+        blocks = config[kernel].blocks
+        if kernel == "linear_attention_states":
+            tiles = cdiv(features, blocks["BLOCK_F"]) * cdiv(value_dim, blocks["BLOCK_DV"])
+            grid = batch * other_heads * n_chunks * tiles
+        elif kernel == "linear_attention_scan":
+            grid = batch * n_heads * cdiv(size, blocks["BLOCK_SIZE"])
+        else:
+            dim, block = (value_dim, "BLOCK_DV") if kernel == "linear_attention_outputs" else (features, "BLOCK_F")
+            grid = batch * n_heads * cdiv(n_own, blocks["BLOCK_M"]) * cdiv(dim, blocks[block])
+        given = {name: args[name] for name in KERNELS[kernel].arg_names if name in args}
+        yield Launch(KERNELS[kernel], (grid,), given, config[kernel])
+
+
+@lru_cache(maxsize=1024)
+def _choose(
+    kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype, batch: int, heads: int, length: int,
+    features: int, value_dim: int, pattern: Pattern, lookup: Lookup | None, stamp: Hashable,
+) -> tuple[dict[str, Config], int]:  # fmt: skip
+    """(a configuration for each kernel, rows of a state). stamp: names the answers of ``lookup``."""
+    shape = {"batch": batch, "heads": heads, "n_rows": length, "head_dim": features, "value_dim": value_dim}
+    tuned = {kernel: lookup(kernel, device, dtype, shape, vars(pattern)) if lookup else None for kernel in kernels}
+    config = configurations(kernels, device_kind(device), features, value_dim, dtype.itemsize, pattern.is_causal, tuned)
+    return config, chunk_length(length, pattern.is_causal, config)
+
+
+def _run(
+    kernels: tuple[str, ...], given: dict[str, torch.Tensor | None], results: dict[str, torch.Tensor],
+    pattern: Pattern, eps: float, state: torch.Tensor | None, lookup: Lookup | None, stamp: Hashable,
+) -> torch.Tensor:  # fmt: skip
+    """Runs a pass, and returns the state at its end, (B, H, F * (Dv + 1)).
+
+    given: the kernels' tensors by name, strides any but for the last; a None is one that no kernel of this pass reads.
+    results: those that they write. state: what outputs and gradients meet, where no state is to be summed up.
+    """
+    x, y = given["other_x"], given["other_y"]
+    assert x is not None and y is not None and given["own_x"] is not None
+    batch, other_heads, length, features = x.shape
+    heads, value_dim = max(given["own_x"].shape[1], other_heads), y.shape[3]
+    config, chunk = _choose(
+        kernels, y.device, y.dtype, batch, heads, length, features, value_dim, pattern, lookup, stamp
+    )
+    size = features * (value_dim + 1)
+    fp32 = y if y.dtype == torch.float32 else y.new_empty((), dtype=torch.float32)
+    final = before = fp32.new_empty((batch, heads, size)) if state is None else state
+    tensors = {name: final if tensor is None else tensor for name, tensor in given.items()}
+    made = len(results)
+    if state is None:
+        n_chunks = cdiv(length, chunk)
+        results["states"] = fp32.new_empty((batch, other_heads, n_chunks, size))
+        if pattern.is_causal:
+            shared = heads == other_heads
+            before = results["states"] if shared else fp32.new_empty((batch, heads, n_chunks, size))
+        made += 3
+        results["final"] = final
+    tensors |= results
+    tensors["before"] = before
+    key = (kernels, pattern, eps, torch.get_float32_matmul_precision(), stamp)
+
+    def launches() -> Iterator[Launch]:
+        return launches_of(kernels, tensors, pattern, eps, config, chunk)
+
+    run_planned(key, tensors, launches, made=made)
+    return final
+
+
+_SUMMED = ("linear_attention_states", "linear_attention_scan")
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, initial: torch.Tensor | None,
+    feature_map: str, is_causal: bool, eps: float, lookup: Lookup | None = None, stamp: Hashable = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, denominator, state) of linear attention; the arguments are checked by ``fastattn.ops.linear_attention``.
+
+    q (B, H, N, F), k (B, Hkv, S, F), v (B, Hkv, S, Dv): of one dtype, or q and k in fp32. key_mask (B, S) bool,
+    contiguous. initial (B, H, F * (Dv + 1)) fp32, contiguous: S, then Z; so is the state that is returned. lookup:
+    gives tuned configurations; its answers are kept while ``stamp`` stays the same. Returns out (B, H, N, Dv) in v's
+    dtype and the denominator with eps (B, H, N) in fp32. Raises what :func:`~fastattn.kernels.launch.run` does.
+    """
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, heads, n_queries, _ = q.shape
+    out = v.new_empty((batch, heads, n_queries, v.shape[3]))
+    den = v.new_empty((batch, heads, n_queries), dtype=torch.float32)
+    given = {"own_x": q, "other_x": k, "other_y": v, "key_mask": key_mask, "initial": initial, "delta": None}
+    results = {"result": out, "den": den}
+    pattern = Pattern(feature_map, is_causal, False, key_mask is not None, initial is not None)
+    state = _run((*_SUMMED, "linear_attention_outputs"), given, results, pattern, eps, None, lookup, stamp)
+    return out, den, state
+
+
+def backward(
+    dout: torch.Tensor, dstate: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    key_mask: torch.Tensor | None, initial: torch.Tensor | None, out: torch.Tensor, den: torch.Tensor,
+    state: torch.Tensor, feature_map: str, is_causal: bool, lookup: Lookup | None = None, stamp: Hashable = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dq, dk, dv, dinitial) from the gradients of :func:`forward`'s out and state and from what it took and gave."""
+    q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    delta = den.new_empty(den.shape)  # dout . out, which the queries' pass makes
+    weights = {"key_mask": key_mask, "den": den}
+    dq = q.new_empty(q.shape)
+    given = {"own_x": q, "own_y": dout, "other_x": k, "other_y": v, "initial": initial, "out": out, **weights}
+    pattern = Pattern(feature_map, is_causal, False, key_mask is not None, initial is not None)
+    kernels = (*(_SUMMED if is_causal else ()), "linear_attention_gradients")
+    _run(kernels, given, {"dx": dq, "delta": delta}, pattern, 0.0, None if is_causal else state, lookup, stamp)
+
+    # of keys that several query heads share, each head's part is made in fp32 and summed afterwards
+    shape = (k.shape[0], heads, *k.shape[2:])
+    dk, dv = (
+        x.new_empty((*shape[:3], x.shape[3]), dtype=x.dtype if heads == kv_heads else torch.float32) for x in (k, v)
+    )
+    weights |= {"delta": delta, "out": None}
+    given = {"own_x": k, "own_y": v, "other_x": q, "other_y": dout, "initial": dstate, **weights}
+    pattern = Pattern(feature_map, is_causal, True, key_mask is not None, dstate is not None)
+    kernels = (*_SUMMED, "linear_attention_gradients", "linear_attention_outputs")
+    dinitial = _run(kernels, given, {"dx": dk, "result": dv}, pattern, 0.0, None, lookup, stamp)
+    if heads != kv_heads:
+        dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dinitial
+
+
+def example_launch(
+    kernel: str, dtype: torch.dtype, *, head_dim: int = 64, value_dim: int | None = None, device_type: str = "cuda",
+    pattern: Pattern | None = None, config: Config | None = None,
+) -> Launch:  # fmt: skip
+    """A launch of ``kernel`` on tensors without memory: what an ahead-of-time compiler needs to see."""
+    value_dim, pattern = value_dim or head_dim, pattern or Pattern(is_causal=True)
+    config = config or heuristic(kernel, device_type, head_dim, value_dim, dtype.itemsize, pattern.is_causal)
+
+    def empty(*shape: int, like: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(1, 1, *shape, dtype=like, device="meta")
+
+    x, y, rows = empty(64, head_dim, like=dtype), empty(64, value_dim, like=dtype), empty(64)
+    state = empty(head_dim * (value_dim + 1))
+    tensors = {"own_x": x, "own_y": y, "other_x": x, "other_y": y, "den": rows, "delta": rows, "dx": x, "result": y}
+    tensors |= {"states": state, "before": state, "final": state, "initial": state}
+    tensors["out"] = state if pattern.own_keys else y
+    tensors["key_mask"] = torch.empty(1, 64, dtype=torch.bool, device="meta") if pattern.has_mask else state
+    (launch,) = launches_of((kernel,), tensors, pattern, 1e-6, {kernel: config}, 64)
+    return launch
