@@ -349,7 +349,7 @@ def heuristic(
         tile = 64 if element_size <= 2 else 32
         blocks = {rows: tile, "BLOCK_F": min(f, tile), "BLOCK_DV": min(dv, tile)}
         # of so many warps the registers suffice
-        is_large = kernel == "linear_attention_gradients" or max(f, dv) > 64 or element_size > 2
+        is_large = not kernel.endswith("outputs") or max(f, dv) > 64 or element_size > 2
         warps = 8 if device_type == "cuda" and is_large else 4
     return Config(blocks, num_warps=warps, num_stages=2)
 

@@ -36,10 +36,13 @@ _AVX2 = {
     "popcnt": "-mpopcnt", "movbe": "-mmovbe",
 }  # fmt: skip
 _AVX512 = _AVX2 | {f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")}
-_AVX512_BF16 = _AVX512 | {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni"}
+_AVX512_BF16 = _AVX512 | {
+    "avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni", "avx512_vpopcntdq": "-mavx512vpopcntdq"
+}  # fmt: skip
 
-# Intel Cooper Lake, Sapphire Rapids and later Xeons; AMD Zen 4 and later. Products of bf16 and int8 in pairs. Its flags
-# are known to g++ from 10 and to clang from 9
+# Intel Sapphire Rapids and later Xeons, AMD Zen 4 and later: products of bf16 and int8 in pairs, population counts of
+# whole vectors. (Cooper Lake has the products alone, and takes the next level.) Its flags are known to g++ from 10 and
+# to clang from 9
 AVX512_BF16 = _level("avx512_bf16", 16, _AVX512_BF16, "-mprefer-vector-width=512")
 # Intel Skylake-X, Cascade Lake, Ice Lake, Tiger Lake
 AVX512 = _level("avx512", 16, _AVX512, "-mprefer-vector-width=512")

@@ -40,7 +40,8 @@ class Failure:
 @dataclass
 class Report:
     """checked: programs whose outputs were compared. dropped: those that hang on a value that is not known exactly.
-    exempt: why the interpreter wasn't asked. met: in how many programs each operation was met."""
+    exempt: why the interpreter wasn't asked. met: in how many programs each operation was met. died: the seeds of
+    batches that ended their process."""
 
     checked: int = 0
     dropped: int = 0
@@ -49,6 +50,7 @@ class Report:
     exempt: Counter[str] = field(default_factory=Counter)
     met: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
+    died: list[range] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
         for name in ("checked", "dropped", "interpreted", "through_the_door"):
@@ -56,6 +58,7 @@ class Report:
         self.exempt.update(other.exempt)
         self.met.update(other.met)
         self.failures += other.failures
+        self.died += other.died
 
 
 def check(seeds: Iterable[int], interpreter: Interpreter | None, features: Sequence[str] = FEATURES) -> Report:

@@ -22,17 +22,28 @@ def _adds_exactly(terms: np.ndarray, axis: int, kind: str) -> np.ndarray:
     return found
 
 
+def _size(terms: np.ndarray, axis: int) -> np.ndarray:
+    """The sum of the finite terms' sizes, which no partial sum of theirs passes."""
+    return np.abs(np.where(np.isfinite(terms), terms, 0.0)).sum(axis)
+
+
+def _may_overflow(total: np.ndarray, size: np.ndarray, kind: str) -> np.ndarray:
+    """Where some order of the additions may meet a partial sum, or a product, beyond the format: then it decides, also
+    beside an infinity, of which it may be the opposite. A NaN stays one in any order."""
+    return (size > FORMATS[kind].largest / 2) & ~np.isnan(total)
+
+
 def _sum(a: Value, axis: int) -> Value:
     if a.kind not in FLOATS:
         return Value(a.kind, a.data.sum(axis, dtype=a.data.dtype), a.error.sum(axis))
-    total, size = a.data.sum(axis), np.abs(a.data).sum(axis)
+    total, size = a.data.sum(axis), _size(a.data, axis)
     count = a.data.shape[axis]
     special = (~np.isfinite(a.data)).any(axis)
     error = a.error.sum(axis)
     inside = np.where(_adds_exactly(a.data, axis, a.kind) & (error == 0), 0.0, count * FORMATS[a.kind].unit * size)
+    may_overflow = _may_overflow(total, size + error, a.kind)
     error = np.where(special & np.isfinite(error), 0.0, error + inside)
-    error = np.where(~special & (size + error > FORMATS[a.kind].largest / 2), np.inf, error)
-    return values.finish(a.kind, total, error)
+    return values.finish(a.kind, total, np.where(may_overflow, np.inf, error))
 
 
 def _promoted(op: str, a: Value) -> Value:
@@ -230,7 +241,7 @@ def dot(a: Value, b: Value, start: Value | None = None) -> Value:
         terms = np.concatenate([terms, start.data[:, None, :]], 1)
     special = np.any(~np.isfinite(terms), 1)
     lost = _meet(np.isinf(ex), np.isinf(ey)) | (special & _meet(ex > 0, ey > 0))
-    size = np.abs(terms).sum(1)
+    total, size = terms.sum(1), _size(terms, 1)
     ex, ey = np.where(np.isinf(ex), 0.0, ex), np.where(np.isinf(ey), 0.0, ey)
     finite_x, finite_y = np.where(np.isfinite(x), np.abs(x), 0.0), np.where(np.isfinite(y), np.abs(y), 0.0)
     error = finite_x @ ey + ex @ finite_y + ex @ ey
@@ -241,5 +252,5 @@ def dot(a: Value, b: Value, start: Value | None = None) -> Value:
     flushed = k * 2.0**-126 * (1.0 + finite_x.max(initial=0.0) + finite_y.max(initial=0.0))
     settled = _adds_exactly(terms, 1, "fp32") & (error == 0)
     error = np.where(settled, 0.0, error + (k + 2) * FORMATS["fp32"].unit * size + flushed)
-    lost |= ~special & (size + error > FORMATS["fp32"].largest / 2)
-    return values.finish("fp32", terms.sum(1), np.where(lost, np.inf, np.where(special, 0.0, error)))
+    lost |= _may_overflow(total, size + error, "fp32")
+    return values.finish("fp32", total, np.where(lost, np.inf, np.where(special, 0.0, error)))

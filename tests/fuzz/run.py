@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 
 from .check import Report, check, keep, shrunk
 from .compare import EXEMPTIONS
 from .generate import FEATURES
 from .interpreter import Interpreter
 from .required import REQUIRED
+from .workers import in_processes
 
 BATCH = 10
 ENOUGH = 2000  # programs after which every operation must have been met
@@ -56,28 +56,29 @@ def main() -> int:
         print(failure)
     seeds = sorted({failure.program.seed for failure in total.failures})
     print(f"{len(total.failures)} failures{f', of seeds {seeds}' if seeds else ''}")
+    for lost in total.died:
+        print(f"a process died: see python -m tests.fuzz --seed {lost[0]} --programs {len(lost)}")
     too_many = total.dropped * 10 > total.checked + total.dropped
     missing = bool(never) and options.programs >= ENOUGH and not left_out
-    return 1 if total.failures or too_many or missing else 0
+    return 1 if total.failures or total.died or too_many or missing else 0
 
 
 def _run(options: argparse.Namespace, features: list[str]) -> Report:
     end = options.seed + options.programs
     batches = [range(at, min(at + BATCH, end)) for at in range(options.seed, end, BATCH)]
     total, started = Report(), time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, initializer=_prepare) as pool:
-        waiting = [pool.submit(_batch, batch, features, not options.no_interpreter) for batch in batches]
-        for done, future in enumerate(as_completed(waiting), 1):
-            report = future.result()
-            total.add(report)
-            for failure in report.failures:
-                print(
-                    f"seed {failure.program.seed}, {failure.where}: {failure.reason.splitlines()[0][:300]}", flush=True
-                )
-            if done % 10 == 0 or done == len(batches):
-                rate = total.checked / (time.monotonic() - started)
-                print(f"{total.checked} programs, {rate:.1f} a second, {len(total.failures)} failures", flush=True)
+    work = partial(_batch, features=features, interpret=not options.no_interpreter)
+    for done, (seeds, report) in enumerate(in_processes(work, batches, options.jobs, _prepare), 1):
+        if report is None:
+            total.died.append(seeds)
+            print(f"the process of seeds {seeds[0]} to {seeds[-1]} died", flush=True)
+            continue
+        total.add(report)
+        for failure in report.failures:
+            print(f"seed {failure.program.seed}, {failure.where}: {failure.reason.splitlines()[0][:300]}", flush=True)
+        if done % 10 == 0 or done == len(batches):
+            rate = total.checked / (time.monotonic() - started)
+            print(f"{total.checked} programs, {rate:.1f} a second, {len(total.failures)} failures", flush=True)
     return total
 
 

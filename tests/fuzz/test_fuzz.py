@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ from tests.fuzz import values
 from tests.fuzz.check import MOST_UNKNOWN, REGRESSIONS, Report, check, door_failure, failing
 from tests.fuzz.compare import difference
 from tests.fuzz.evaluate import Ambiguous, Evaluator
+from tests.fuzz.folds import cumulative, dot, reduce
 from tests.fuzz.generate import generate
 from tests.fuzz.grammar import STATEMENTS
 from tests.fuzz.interpreter import Interpreter
 from tests.fuzz.program import COMBINES, Program, source, walk
 from tests.fuzz.required import REQUIRED
 from tests.fuzz.shrink import shrink, swept
+from tests.fuzz.workers import in_processes
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="the CPU engine needs a C++ compiler")
 FIRST_SEED, PROGRAMS, BATCH = 1, 150, 10
@@ -149,10 +153,52 @@ def test_rounding_of_the_evaluation_is_that_of_torch(kind):
     np.testing.assert_array_equal(values.rounded(x, kind), torch.from_numpy(x).to(dtype).double().numpy())
 
 
+def _one(x: float) -> values.Value:
+    return values.exact("fp32", [x])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "z"), [(-3e38, -1.41, -np.inf), (3e38, 2.0, -3e38), (-3e38, 1.41, np.inf), (-3e38, 2.0, 3e38)]
+)
+@np.errstate(invalid="ignore")
+def test_a_product_or_sum_that_overflows_beside_its_opposite_is_unknown(x, y, z):
+    """float64 knows it; in fp32 it is NaN or an infinity, or the number itself where the two were fused."""
+    assert values.unknown(values.fma(_one(x), _one(y), _one(z))).all()
+    assert values.unknown(values.binary_float("add", values.binary_float("mul", _one(x), _one(y)), _one(z))).all()
+    row, column = values.exact("fp32", [[x, 1.0]]), values.exact("fp32", [[y], [z]])
+    assert values.unknown(dot(row, column)).all()
+    start = values.exact("fp32", [[z]])
+    assert values.unknown(dot(*(values.exact("fp32", [[number]]) for number in (x, y)), start)).all()
+    terms = values.exact("fp32", [x, x, z])
+    assert values.unknown(reduce("sum", terms, 0, False)).all()
+    assert values.unknown(cumulative("cumsum", terms, 0, False))[2]
+
+
+@pytest.mark.parametrize(("x", "y", "z"), [(np.inf, 2.0, -1e38), (np.nan, -3e38, -3e38), (-np.inf, 1.0, np.inf)])
+@np.errstate(invalid="ignore")
+def test_what_no_order_of_additions_changes_is_known(x, y, z):
+    row, column = values.exact("fp32", [[x, 1.0]]), values.exact("fp32", [[y], [z]])
+    for known in (values.fma(_one(x), _one(y), _one(z)), dot(row, column)):
+        assert not known.error.any()
+        np.testing.assert_array_equal(known.data.ravel(), [x * y + z])
+
+
 def test_every_combine_function_takes_as_many_operands_twice_as_it_gives():
     for operands, text in COMBINES.values():
         head = text.splitlines()[0]
         assert head.count(",") + 1 == 2 * operands
+
+
+def _doubled_but_5_and_6(number: int) -> int:
+    if number in (5, 6):
+        os._exit(1)
+    return 2 * number
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the test's processes are forks")
+def test_of_the_processes_that_die_the_batches_are_named_and_the_others_are_done():
+    found = dict(in_processes(_doubled_but_5_and_6, range(12), 2, method="fork"))
+    assert found == {number: None if number in (5, 6) else 2 * number for number in range(12)}
 
 
 def test_reports_add_up():

@@ -114,6 +114,8 @@ def binary_float(op: str, a: Value, b: Value) -> Value:
     elif op == "mul":
         result, error, once = x * y, np.abs(x) * ey + np.abs(y) * ex + ex * ey, False  # an fma may take it over
         never = never | (special & blurred)
+        if a.kind == "fp32":  # within an fma a product beyond the format is not yet an infinity
+            never = never | (~special & (np.abs(result) + error > FORMATS["fp32"].largest))
     else:
         result = x / y
         gap = np.abs(y) - ey
@@ -130,10 +132,14 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     special = ~(np.isfinite(x) & np.isfinite(y) & np.isfinite(z))
     blurred = ((ex > 0) & (np.abs(x) <= ex)) | ((ey > 0) & (np.abs(y) <= ey))
     never = np.isinf(ex) | np.isinf(ey) | np.isinf(ez) | (special & blurred)
+    product, result = x * y, x * y + z
+    error = np.abs(x) * ey + np.abs(y) * ex + ex * ey
+    # fused or not: by itself the product is an infinity, which nothing brings back, and with its opposite it is NaN
+    over = np.isfinite(product) & (np.abs(product) + error > FORMATS[a.kind].largest)
+    never = never | (over & (np.sign(product) != np.sign(z)) & ~np.isnan(result))
     unit = FORMATS[a.kind].unit
-    inside = np.where((ex == 0) & (ey == 0) & (rounded(x * y, a.kind) == x * y), 0.0, unit * np.abs(x * y))
-    error = np.abs(x) * ey + np.abs(y) * ex + ex * ey + ez + inside
-    return finish(a.kind, x * y + z, _bounded(error, special, never))
+    inside = np.where((ex == 0) & (ey == 0) & (rounded(product, a.kind) == product), 0.0, unit * np.abs(product))
+    return finish(a.kind, result, _bounded(error + ez + inside, special, never))
 
 
 def extreme(op: str, a: Value, b: Value, keep_nan: bool) -> Value:
