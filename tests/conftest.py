@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
@@ -15,3 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402  after the environment is set
 
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+
+@pytest.fixture(autouse=True)
+def what_was_compiled_is_forgotten() -> Iterator[None]:
+    """torch.compile gives up on code that a process compiled for too many cases, wherever these came from."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -29,17 +29,8 @@ def test_the_rivals_of_a_method_are_torch_or_peers_that_there_are(name: str):
         assert rival.attention is not None or rival.name in peers.PEERS
 
 
-def test_smyrf_stands_beside_the_original_as_a_share_of_torchs_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(bench_smyrf.ORIGINAL, 256, 2.0)
-    monkeypatch.setitem(bench_smyrf.ORIGINAL_GOALS, 256, 5.0)
-    dense, original, *_ = bench_smyrf.rows((256,), {256: 0.05})
-    assert original.what.endswith("forward, against the original")
-    assert (original.value, original.low, original.goal) == (2 * dense.value, 2 * dense.low, 5.0)
-    assert "not run here" in original.detail
-
-
 def test_every_length_of_the_goals_has_its_goal():
-    for goals in (*bench_smyrf.GOALS.values(), bench_smyrf.ORIGINAL, bench_smyrf.ORIGINAL_GOALS):
+    for goals in bench_smyrf.GOALS.values():
         assert set(goals) == set(bench_smyrf.SECONDS)
     assert set(bench_block_attention.BLOCK_LENGTHS) <= set(bench_block_attention.SECONDS)
 
