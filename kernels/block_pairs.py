@@ -112,7 +112,13 @@ def counted(
 
 
 @triton.jit
-def dropout_weight(seed_ptr, row, round_id, q_rows, k_rows, drop_below, kept_scale):
-    """What dropout multiplies the probability of each pair with: see ``fastattn.reference.dropout``."""
+def kept_pairs(seed_ptr, row, round_id, q_rows, k_rows, drop_below):
+    """Which pairs dropout keeps, as ``fastattn.reference.dropout.kept`` has it; q_rows and k_rows broadcast."""
     word, _, _, _ = tl.philox(tl.load(seed_ptr), k_rows, q_rows, round_id, row.to(tl.int32))
-    return tl.where((word >> 8).to(tl.int32) >= drop_below, kept_scale, 0.0)
+    return (word >> 8).to(tl.int32) >= drop_below  # 24 bits
+
+
+@triton.jit
+def dropout_weight(seed_ptr, row, round_id, q_rows, k_rows, drop_below, kept_scale):
+    """What dropout multiplies the probability of each pair with."""
+    return tl.where(kept_pairs(seed_ptr, row, round_id, q_rows, k_rows, drop_below), kept_scale, 0.0)

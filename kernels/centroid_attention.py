@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .block_pairs import kept_pairs
 from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .tiles import head_of, load_rows, store_rows
-from .topk_attention import kept_pairs
 
 LOG2_E = math.log2(math.e)
 GROUP = tl.constexpr(16)  # keys of a peak: with S = 16384, K = 32 a query has 1024 peaks and 512 logits to choose from
@@ -78,7 +78,7 @@ def forward_kernel(
             p = tl.exp2(s - m_safe[:, None])
             total = total * alpha + tl.sum(p, 1)
             if HAS_DROPOUT:
-                p = tl.where(kept_pairs(seed_ptr, row, q_rows[:, None], k_rows[None, :], drop_below), p, 0.0)
+                p = tl.where(kept_pairs(seed_ptr, row, 0, q_rows[:, None], k_rows[None, :], drop_below), p, 0.0)
             v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
@@ -150,7 +150,7 @@ def backward_dq_kernel(
         p = tl.where((k_rows >= 0)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION) * keep_scale  # [BLOCK_M, BLOCK_N]
         if HAS_DROPOUT:
-            dp = tl.where(kept_pairs(seed_ptr, row, q_rows[:, None], k_rows[None, :], drop_below), dp, 0.0)
+            dp = tl.where(kept_pairs(seed_ptr, row, 0, q_rows[:, None], k_rows[None, :], drop_below), dp, 0.0)
         ds = p * (dp - delta[:, None]) * scale
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + (row * n_parts + part) * n_queries * HEAD_DIM, q_rows, HEAD_DIM, dq, HEAD_DIM, BLOCK_D)
@@ -192,7 +192,7 @@ def backward_dkv_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION) * keep_scale  # [BLOCK_N, BLOCK_M]
         kept_p = p
         if HAS_DROPOUT:
-            stays = kept_pairs(seed_ptr, row, q_rows[None, :], k_rows[:, None], drop_below)
+            stays = kept_pairs(seed_ptr, row, 0, q_rows[None, :], k_rows[:, None], drop_below)
             dp = tl.where(stays, dp, 0.0)
             kept_p = tl.where(stays, p * keep_scale, 0.0)
         dv = tl.dot(kept_p.to(dout.dtype), dout, dv, input_precision=PRECISION)

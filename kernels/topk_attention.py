@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .block_pairs import kept_pairs
 from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .tiles import head_of, load_rows, store_rows
@@ -65,17 +66,6 @@ def list_mask(q_rows, k_rows, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def kept_pairs(seed_ptr, head, q_rows, k_rows, drop_below):
-    """Which pairs dropout keeps, as ``fastattn.reference.dropout.kept`` has it; q_rows and k_rows broadcast."""
-    zeros = (q_rows + k_rows) * 0
-    word, _, _, _ = tl.philox(
-        tl.load(seed_ptr), (zeros + k_rows).to(tl.uint32), (zeros + q_rows).to(tl.uint32), zeros.to(tl.uint32),
-        (zeros + head).to(tl.uint32),
-    )  # fmt: skip
-    return (word >> 8).to(tl.int32) >= drop_below  # 24 bits
-
-
-@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, offsets_ptr, topk_index_ptr, mass_ptr, rest_ptr, seed_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
@@ -114,7 +104,7 @@ def forward_kernel(
         p = tl.exp2(s - m_safe[:, None])
         total = total * alpha + tl.sum(p, 1)
         if HAS_DROPOUT:
-            p = tl.where(kept_pairs(seed_ptr, row, q_rows[:, None], k_rows[None, :], drop_below), p, 0.0)
+            p = tl.where(kept_pairs(seed_ptr, row, 0, q_rows[:, None], k_rows[None, :], drop_below), p, 0.0)
         v = load_rows(v_ptr, k_rows, v_stride_n, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
@@ -142,7 +132,7 @@ def pair_gradients(
     p = tl.where(keep, tl.exp2(s - lse[:, None] * 1.4426950408889634), 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION) * keep_scale
     if HAS_DROPOUT:
-        dp = tl.where(kept_pairs(seed_ptr, row, q_rows[:, None], k_rows[None, :], drop_below), dp, 0.0)
+        dp = tl.where(kept_pairs(seed_ptr, row, 0, q_rows[:, None], k_rows[None, :], drop_below), dp, 0.0)
     return p, dp
 
 
@@ -254,7 +244,7 @@ def backward_dkv_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION) * keep_scale  # [BLOCK_N, BLOCK_M]
         kept_p = p * mass
         if HAS_DROPOUT:
-            stays = kept_pairs(seed_ptr, row, q_rows[None, :], k_rows[:, None], drop_below)
+            stays = kept_pairs(seed_ptr, row, 0, q_rows[None, :], k_rows[:, None], drop_below)
             dp = tl.where(stays, dp, 0.0)
             kept_p = tl.where(stays, kept_p * keep_scale, 0.0)
         dv = tl.dot(kept_p.to(dout.dtype), dout, dv, input_precision=PRECISION)
