@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from .tiles import head_of, load_index, load_rows, store_rows
 
 LOG2_E = math.log2(math.e)
 FAR = 2**29  # blocks away: farther than any window reaches, and twice as far still fits 32 bits
+# what results hold before the first launch: that of rows that are in no block
+_FORWARD_BEGINS = {"out_ptr": 0.0, "lse_ptr": -math.inf}
+_BACKWARD_BEGINS = {"dq_ptr": 0.0, "dk_ptr": 0.0, "dv_ptr": 0.0}
 _PLAIN = ("attend", False, 0.0, False, False)  # self_mode, correct_duplicates, dropout_p; no buckets, no local round
 
 
@@ -445,12 +448,16 @@ def _run(
 
     def launches() -> Iterator[Launch]:
         q, pattern, dropout_p = tensors["q"], pattern_of(*flags[:8]), flags[6]
+        fill = dict(_FORWARD_BEGINS if "block_attention_forward" in kernels else _BACKWARD_BEGINS)
         batch, heads, rounds, n_blocks, c_q = tensors["q_index"].shape
         shape = {"batch": batch, "heads": heads, "rounds": rounds, "n_blocks": n_blocks, "c_q": c_q}
         shape |= {"c_k": tensors["k_index"].shape[4], "head_dim": q.shape[3], "value_dim": tensors["v"].shape[3]}
         for kernel in kernels:
             tuned = lookup(kernel, q.device, q.dtype, shape, vars(pattern)) if lookup and kernel in TUNING else None
-            yield from launches_of(kernel, tensors, pattern, scale, {kernel: tuned} if tuned else {}, dropout_p)
+            config = {kernel: tuned} if tuned else {}
+            for launch in launches_of(kernel, tensors, pattern, scale, config, dropout_p):
+                begun = [name for name in fill if launch.args.get(name) is not None]
+                yield replace(launch, fill={name: fill.pop(name) for name in begun})
 
     run_planned((kernels, flags, scale, torch.get_float32_matmul_precision(), stamp), tensors, launches, made=made)
 
@@ -520,8 +527,8 @@ def forward(
     # between launches the running out is fp32, whatever the inputs are
     is_one_launch = q_index.shape[2] == 1 and local_index_q is None and len(kernels) == 1
     # sizes one by one: as a tuple they take 0.4 us more
-    out = (q if is_one_launch else fp32).new_zeros(batch, heads, n_queries, v.shape[3])
-    lse = fp32.new_full((batch, heads, n_queries), -math.inf)
+    out = (q if is_one_launch else fp32).new_empty(batch, heads, n_queries, v.shape[3])
+    lse = fp32.new_empty(batch, heads, n_queries)
     tensors["out"], tensors["lse"] = out, lse
     _run(kernels, tensors, made, flags, scale, lookup, stamp)
     return (out if is_one_launch or fp32 is q else out.to(q.dtype)), lse
@@ -551,9 +558,9 @@ def backward(
         if self_mode in ("last_resort", "once"):
             kernels = ("block_attention_own_key_backward", *kernels)
     tensors["delta"] = torch.linalg.vecdot(dout.float(), out.float())  # [B, H, N]
-    tensors["dq"] = q.new_zeros(q.shape, dtype=torch.float32)
-    tensors["dk"] = dk = k.new_zeros((batch, heads, n_keys, head_dim), dtype=torch.float32)
-    tensors["dv"] = dv = v.new_zeros((batch, heads, n_keys, value_dim), dtype=torch.float32)
+    tensors["dq"] = q.new_empty(q.shape, dtype=torch.float32)
+    tensors["dk"] = dk = k.new_empty((batch, heads, n_keys, head_dim), dtype=torch.float32)
+    tensors["dv"] = dv = v.new_empty((batch, heads, n_keys, value_dim), dtype=torch.float32)
     _run(kernels, tensors, made, flags, scale, lookup, stamp)
     if kv_heads != heads:
         dk, dv = (x.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for x in (dk, dv))

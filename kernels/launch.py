@@ -31,13 +31,15 @@ class Launch:
     ``constexpr`` ones included; a tensor's name may end in ``_ptr``, and None is an argument that is not there.
     config: the block sizes and the compiler's knobs. rows: the tensor arguments that hold row numbers, contiguous
     int32, and how many rows there are: their values are checked before anything runs
-    (:func:`~fastattn.kernels.rows.check_rows`)."""
+    (:func:`~fastattn.kernels.rows.check_rows`). fill: contiguous tensor arguments whose every element is this number
+    when the launch begins."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     config: Config
     rows: Mapping[str, int] = field(default_factory=dict)
+    fill: Mapping[str, float] = field(default_factory=dict)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -130,10 +132,12 @@ def run(launches: Iterable[Launch]) -> None:
         check_rows(name, index, length)
     if interpreted:
         for launch in launches:
+            _fill(launch)
             launch.kernel[launch.grid](**launch.args, **launch.config.blocks)
         return
     with torch.get_device_module(device).device(device):
         for launch in launches:
+            _fill(launch)
             _run_on_gpu(launch)
 
 
@@ -164,6 +168,11 @@ def _engine() -> ModuleType:
     from .cpu import engine  # stands above this file
 
     return engine
+
+
+def _fill(launch: Launch) -> None:
+    for name, value in launch.fill.items():
+        launch.args[name].fill_(value)
 
 
 def _run_on_gpu(launch: Launch) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .engine import Built
 
 _ROWS_A_PROGRAM = 8192  # 32 KiB, which a core reads in a microsecond
+_WORDS_A_PROGRAM = 8192  # of 8 bytes
 _FAILURE = -1  # in place of a tensor
 
 
@@ -27,6 +28,7 @@ class Driver:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.check_rows = ctypes.cast(library.fastattn_check_rows, ctypes.c_void_p).value
+        self.fill = ctypes.cast(library.fastattn_fill, ctypes.c_void_p).value
         self.drive: Any = library.fastattn_drive
         self.drive.restype = ctypes.c_int64
         self.drive.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
@@ -79,6 +81,12 @@ class Plan:
             tensors = [(0, number(name, index)), (5, _FAILURE)]
             self._add(driver.check_rows, (cdiv(index.numel(), _ROWS_A_PROGRAM),), slots, tensors)
         for launch, kernel in zip(launches, built, strict=True):
+            for name, value in launch.fill.items():
+                tensor = launch.args[name]
+                n_bytes = tensor.numel() * tensor.itemsize
+                slots = struct.pack("<4q", 0, n_bytes, _WORDS_A_PROGRAM, _word(tensor.dtype, value))
+                grid = (cdiv(n_bytes, 8 * _WORDS_A_PROGRAM),)
+                self._add(driver.fill, grid, slots, [(0, number(tensor_name(name), tensor))])
             tensors = [(at, number(tensor_name(name), launch.args[name])) for at, name in kernel.tensors]
             self._add(kernel.entry, launch.grid, kernel.slots(launch.args), tensors)
         steps = (_Step * len(self._steps))(*self._steps)
@@ -113,3 +121,8 @@ class Plan:
             name, number, length = self._rows[failure - 1]
             check_rows(name, tensors[number], length)
             raise ValueError(f"{name} was written to while it was checked")
+
+
+def _word(dtype: torch.dtype, value: float) -> int:
+    """8 bytes full of ``value``."""
+    return torch.full((8 // dtype.itemsize,), value, dtype=dtype).view(torch.int64).item()

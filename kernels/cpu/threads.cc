@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -158,4 +159,15 @@ extern "C" __attribute__((visibility("default"))) void fastattn_check_rows(const
   uint32_t outside = 0;
   for (int64_t i = begin * args[2]; i < end; ++i) outside |= (uint32_t)rows[i] + 1 > length;  // -1 becomes 0
   if (outside) ((std::atomic<int64_t>*)args[5])->store(args[4]);
+}
+
+// A launch that fills memory: args are its address, its size in bytes, how many words a program writes, and the word of
+// 8 bytes that it gets over and over. The last one may be cut short.
+extern "C" __attribute__((visibility("default"))) void fastattn_fill(const int64_t* args, const int32_t*, int64_t begin,
+                                                                     int64_t end) {
+  char* memory = (char*)args[0];
+  end = std::min(end * args[2] * 8, args[1]);
+  int64_t at = begin * args[2] * 8;
+  for (; at + 8 <= end; at += 8) std::memcpy(memory + at, &args[3], 8);
+  if (at < end) std::memcpy(memory + at, &args[3], end - at);
 }
