@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import Unsupported, UnsupportedNow
-from . import machine, objects
+from . import machine, objects, prelude
 
 # -fwrapv: Triton's integers wrap. Contraction to fma is wanted; every other liberty with floats is not.
 FLAGS = (
@@ -83,13 +83,15 @@ class Recipe:
     """What a shared object is made from.
 
     name: for people who look into the folder. key: everything that the source depends on. source: makes the C++ text,
-    where the object is not there yet. level: the instruction set.
+    where the object is not there yet. level: the instruction set. prelude: what the text begins with, where other
+    recipes' texts begin so too.
     """
 
     name: str
     key: tuple[str, ...]
     source: Callable[[], str]
     level: machine.Level
+    prelude: str = ""
 
     def file_name(self, *more: str) -> str:
         parts = [*self.key, platform.machine(), self.level.name, *more]
@@ -193,9 +195,16 @@ def _compile(recipe: Recipe, path: Path) -> Path:
             built = Path(folder) / path.name
             source = built.with_suffix(".cc")
             source.write_text(text)
-            command = [compiler.path, *FLAGS, *recipe.level.flags, source.name, "-o", built.name]
-            said = _run(command, TIME_LIMIT_S, folder)
-            if said.returncode != 0:
+            command = [compiler.path, *FLAGS, *recipe.level.flags]
+            sources = [source]
+            header = prelude.precompiled(recipe.prelude, command, compiler.version, path.parent, _status)
+            if header is not None:
+                sources.insert(0, prelude.shortened(text, recipe.prelude, header, Path(folder)))
+            for source in sources:
+                said = _run([*command, source.name, "-o", built.name], TIME_LIMIT_S, folder)
+                if said.returncode == 0:
+                    break
+            else:
                 raise _failures.note(str(path), f"{compiler.path} failed: {_telling(said)}", start)
             try:
                 objects.put(built, path)
@@ -207,6 +216,10 @@ def _compile(recipe: Recipe, path: Path) -> Path:
     except OSError as error:
         raise _failures.note(str(path), f"nothing can be built: {error.strerror}", start) from error
     return path
+
+
+def _status(command: Sequence[str], folder: str) -> int:
+    return _run(command, TIME_LIMIT_S, folder).returncode
 
 
 def _telling(said: subprocess.CompletedProcess[str]) -> str:
@@ -245,4 +258,9 @@ class _Failures:
 
 
 _failures = _Failures()
-forget = _failures.forget
+
+
+def forget() -> None:
+    """Lets the next build try again what failed."""
+    _failures.forget()
+    prelude.forget()

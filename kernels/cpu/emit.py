@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
@@ -32,7 +33,13 @@ def generate(ttir: str, lanes: int) -> str:
     Raises:
         Unsupported: the kernel uses what the engine does not cover.
     """
-    return "".join(Path(__file__).with_name(name).read_text() for name in _HEADERS) + Emitter(parse(ttir), lanes).text()
+    return prelude() + Emitter(parse(ttir), lanes).text()
+
+
+@lru_cache
+def prelude() -> str:
+    """What every text that :func:`generate` gives begins with."""
+    return "".join(Path(__file__).with_name(name).read_text() for name in _HEADERS)
 
 
 class Emitter:

@@ -18,7 +18,7 @@ import torch
 from ..errors import Unsupported, UnsupportedNow
 from ..launch import Launch, is_interpreted, signature
 from . import build, machine
-from .emit import ENTRY, generate
+from .emit import ENTRY, generate, prelude
 from .frontend import identity, ttir
 from .plan import Driver, Plan
 
@@ -34,7 +34,7 @@ def recipe(launch: Launch, level: machine.Level) -> build.Recipe:
         return generate(ttir(kernel, types, constants), level.lanes)
 
     key = (*identity(kernel), repr(sorted(types.items())), repr(sorted(constants.items())), _digest())
-    return build.Recipe(kernel.__name__, key, source, level)
+    return build.Recipe(kernel.__name__, key, source, level, prelude())
 
 
 def driver_recipe() -> build.Recipe:

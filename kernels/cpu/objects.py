@@ -1,7 +1,7 @@
 """The folder of built objects: the user's own, shared by processes, bounded, and safe to lose at any time.
 
-An entry is three files of one name: the object (.so), its source (.cc, for people) and its checksum (.sha256). The time
-of the object is that of its last use.
+An entry is three files of one name: the object (.so, or .gch for a precompiled header), its source (.cc, for people)
+and its checksum (.sha256). The time of the object is that of its last use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SHIPPED = Path(__file__).parent / "prebuilt"
 BUILD_PREFIX = "fastattn-build-"
 _STAGING_PREFIX = "build-"
 _LEFT_OVER_S = 3600  # longer than any build may take
-_SUFFIXES = (".cc", ".so", ".sha256")  # in the order in which they are put: the checksum makes an entry whole
+_OBJECTS = (".so", ".gch")
+_SUFFIXES = (".cc", *_OBJECTS, ".sha256")
 
 
 def place() -> Path:
@@ -121,7 +122,7 @@ def put(built: Path, path: Path) -> None:
         shutil.copyfile(built.with_suffix(".cc"), staged.with_suffix(".cc"))
         shutil.copy(built, staged)
         staged.with_suffix(".sha256").write_text(_checksum(built))
-        for suffix in _SUFFIXES:
+        for suffix in (".cc", path.suffix, ".sha256"):  # the checksum makes an entry whole
             os.replace(staged.with_suffix(suffix), path.with_suffix(suffix))
 
 
@@ -147,7 +148,7 @@ def entries(folder: Path) -> list[Entry]:
         Entry(
             files=tuple(path for path, _ in files),
             size=sum(state.st_size for _, state in files),
-            used=max((state.st_mtime for path, state in files if path.suffix == ".so"), default=0.0),
+            used=max((state.st_mtime for path, state in files if path.suffix in _OBJECTS), default=0.0),
         )
         for files in found.values()
     ]

@@ -125,4 +125,4 @@ class Plan:
 
 def _word(dtype: torch.dtype, value: float) -> int:
     """8 bytes full of ``value``."""
-    return torch.full((8 // dtype.itemsize,), value, dtype=dtype).view(torch.int64).item()
+    return int(torch.full((8 // dtype.itemsize,), value, dtype=dtype).view(torch.int64).item())
