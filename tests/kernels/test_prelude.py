@@ -116,3 +116,13 @@ def test_kernels_begin_with_what_is_precompiled(cache):
     recipe = engine.recipe(launch, machine.BASELINE)
     assert recipe.prelude
     assert recipe.source().startswith(recipe.prelude)
+
+
+def test_a_folder_for_other_machines_gets_none(cache, tmp_path):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for number in range(3):
+        text = f"{PRELUDE}int answer() {{ return {number}; }}"
+        build.build(build.Recipe("answer", (str(number),), lambda text=text: text, machine.BASELINE, PRELUDE), folder)
+    assert headers(folder) == []
+    assert len(headers(cache)) == 1
