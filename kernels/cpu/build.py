@@ -197,7 +197,9 @@ def _compile(recipe: Recipe, path: Path) -> Path:
             source.write_text(text)
             command = [compiler.path, *FLAGS, *recipe.level.flags]
             sources = [source]
-            header = prelude.precompiled(recipe.prelude, command, compiler.version, _place(recipe).parent, _status)
+            # a folder for other machines gets objects alone
+            place = path.parent if path.parent == objects.place() else _private_folder()
+            header = prelude.precompiled(recipe.prelude, command, compiler.version, place, _status)
             if header is not None:
                 sources.insert(0, prelude.shortened(text, recipe.prelude, header, Path(folder)))
             for source in sources:
