@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from .block_pairs import counted, dropout_weight, neighbour, place
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import READS_SHARED, SCORE_OPS, TIGHT, Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .own_key import own_key_backward_kernel, own_key_forward_kernel
-from .rows import check_rows
+from .rows import check_counts, check_rows
 from .tiles import head_of, load_index, load_rows, store_rows
 
 LOG2_E = math.log2(math.e)
@@ -29,7 +29,8 @@ FAR = 2**29  # blocks away: farther than any window reaches, and twice as far st
 # what results hold before the first launch: that of rows that are in no block
 _FORWARD_BEGINS = {"out_ptr": 0.0, "lse_ptr": -math.inf}
 _BACKWARD_BEGINS = {"dq_ptr": 0.0, "dk_ptr": 0.0, "dv_ptr": 0.0}
-_PLAIN = ("attend", False, 0.0, False, False)  # self_mode, correct_duplicates, dropout_p; no buckets, no local round
+# self_mode, correct_duplicates, dropout_p; no buckets, no local round, every block used
+_PLAIN = ("attend", False, 0.0, False, False, False)
 
 
 @triton.jit(do_not_specialize=["round_id", "n_rounds", "look_back", "look_ahead"])
@@ -37,8 +38,8 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     n_heads, group_size, n_queries, n_keys, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale_log2,
-    q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, local_index_q_ptr, local_index_k_ptr, n_local_blocks,
-    seed_ptr, drop_below, kept_scale,
+    n_used_blocks_ptr, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
+    local_index_q_ptr, local_index_k_ptr, n_local_blocks, seed_ptr, drop_below, kept_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, OWN_KEY: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,6 +52,8 @@ def forward_kernel(
     v_ptr = head_of(v_ptr, row, n_heads, group_size, v_stride_b, v_stride_h)
     out_ptr += row * n_queries * VALUE_DIM
     lse_ptr += row * n_queries
+    n_used = None if n_used_blocks_ptr is None else tl.load(n_used_blocks_ptr + row // n_heads)
+    n_ring = n_blocks if n_used is None else n_used
     if IS_LOCAL:
         q_index_ptr = local_index_q_ptr + row * n_local_blocks * c_q
         k_index_ptr = local_index_k_ptr + row * n_local_blocks * c_k
@@ -59,6 +62,8 @@ def forward_kernel(
         q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
         k_index_ptr += row * n_rounds * n_blocks * c_k
         n_window = 1 + look_back + look_ahead
+        if n_used is not None:
+            n_window = tl.where(block < n_used, n_window, 0)
 
     q_rows = load_index(q_index_ptr, block, c_q, m_tile * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
     q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -80,13 +85,14 @@ def forward_kernel(
         if IS_LOCAL:
             k_block, is_block, k_round, at = block, True, round_id, 0
         else:
-            k_block, is_block = neighbour(block, step // n_tiles - look_back, round_id, n_rounds, n_blocks, WRAP)
+            distance = step // n_tiles - look_back
+            k_block, is_block = neighbour(block, distance, round_id, n_rounds, n_blocks, n_used, WRAP)
             k_round = k_block // n_blocks
             at = step // n_tiles
         k_rows = load_index(k_index_ptr, k_block, c_k, (step % n_tiles) * BLOCK_N, is_block, BLOCK_N)  # [BLOCK_N]
         keep = counted(
             q_rows[:, None], k_rows[None, :], row, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
-            n_queries, n_keys, n_rounds, n_blocks, look_back, look_ahead, round_id, k_round, at,
+            n_queries, n_keys, n_rounds, n_ring, look_back, look_ahead, round_id, k_round, at,
             IS_CAUSAL, EXCLUDE_SELF, WRAP, IS_LOCAL,
         )  # fmt: skip
         k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -119,8 +125,8 @@ def backward_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     n_heads, group_size, n_queries, n_keys, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale,
-    q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, local_index_q_ptr, local_index_k_ptr, n_local_blocks,
-    seed_ptr, drop_below, kept_scale,
+    n_used_blocks_ptr, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
+    local_index_q_ptr, local_index_k_ptr, n_local_blocks, seed_ptr, drop_below, kept_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -135,6 +141,8 @@ def backward_dq_kernel(
     dq_ptr += row * n_queries * HEAD_DIM
     lse_ptr += row * n_queries
     delta_ptr += row * n_queries
+    n_used = None if n_used_blocks_ptr is None else tl.load(n_used_blocks_ptr + row // n_heads)
+    n_ring = n_blocks if n_used is None else n_used
     if IS_LOCAL:
         q_index_ptr = local_index_q_ptr + row * n_local_blocks * c_q
         k_index_ptr = local_index_k_ptr + row * n_local_blocks * c_k
@@ -143,6 +151,8 @@ def backward_dq_kernel(
         q_index_ptr += (row * n_rounds + round_id) * n_blocks * c_q
         k_index_ptr += row * n_rounds * n_blocks * c_k
         n_window = 1 + look_back + look_ahead
+        if n_used is not None:
+            n_window = tl.where(block < n_used, n_window, 0)
 
     q_rows = load_index(q_index_ptr, block, c_q, m_tile * BLOCK_M, True, BLOCK_M)  # [BLOCK_M]
     q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -159,13 +169,14 @@ def backward_dq_kernel(
         if IS_LOCAL:
             k_block, is_block, k_round, at = block, True, round_id, 0
         else:
-            k_block, is_block = neighbour(block, step // n_tiles - look_back, round_id, n_rounds, n_blocks, WRAP)
+            distance = step // n_tiles - look_back
+            k_block, is_block = neighbour(block, distance, round_id, n_rounds, n_blocks, n_used, WRAP)
             k_round = k_block // n_blocks
             at = step // n_tiles
         k_rows = load_index(k_index_ptr, k_block, c_k, (step % n_tiles) * BLOCK_N, is_block, BLOCK_N)  # [BLOCK_N]
         keep = counted(
             q_rows[:, None], k_rows[None, :], row, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
-            n_queries, n_keys, n_rounds, n_blocks, look_back, look_ahead, round_id, k_round, at,
+            n_queries, n_keys, n_rounds, n_ring, look_back, look_ahead, round_id, k_round, at,
             IS_CAUSAL, EXCLUDE_SELF, WRAP, IS_LOCAL,
         )  # fmt: skip
         k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -188,8 +199,8 @@ def backward_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, q_index_ptr, k_index_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     n_heads, group_size, n_queries, n_keys, n_rounds, n_blocks, c_q, c_k, round_id, look_back, look_ahead, scale,
-    q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, local_index_q_ptr, local_index_k_ptr, n_local_blocks,
-    seed_ptr, drop_below, kept_scale,
+    n_used_blocks_ptr, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
+    local_index_q_ptr, local_index_k_ptr, n_local_blocks, seed_ptr, drop_below, kept_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     WRAP: tl.constexpr, IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,6 +216,8 @@ def backward_dkv_kernel(
     delta_ptr += row * n_queries
     dk_ptr += row * n_keys * HEAD_DIM
     dv_ptr += row * n_keys * VALUE_DIM
+    n_used = None if n_used_blocks_ptr is None else tl.load(n_used_blocks_ptr + row // n_heads)
+    n_ring = n_blocks if n_used is None else n_used
     if IS_LOCAL:
         q_index_ptr = local_index_q_ptr + row * n_local_blocks * c_q
         k_index_ptr = local_index_k_ptr + row * n_local_blocks * c_k
@@ -213,6 +226,8 @@ def backward_dkv_kernel(
         q_index_ptr += row * n_rounds * n_blocks * c_q
         k_index_ptr += (row * n_rounds + round_id) * n_blocks * c_k
         n_window = 1 + look_back + look_ahead
+        if n_used is not None:
+            n_window = tl.where(block < n_used, n_window, 0)
 
     k_rows = load_index(k_index_ptr, block, c_k, n_tile * BLOCK_N, True, BLOCK_N)  # [BLOCK_N]
     k = load_rows(k_ptr, k_rows, k_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -230,13 +245,14 @@ def backward_dkv_kernel(
             q_block, is_block, q_round, at = block, True, round_id, 0
         else:
             # the queries that look back to these keys stand after them, and the other way round
-            q_block, is_block = neighbour(block, step // m_tiles - look_ahead, round_id, n_rounds, n_blocks, WRAP)
+            distance = step // m_tiles - look_ahead
+            q_block, is_block = neighbour(block, distance, round_id, n_rounds, n_blocks, n_used, WRAP)
             q_round = q_block // n_blocks if WRAP else round_id
             at = look_back + look_ahead - step // m_tiles
         q_rows = load_index(q_index_ptr, q_block, c_q, (step % m_tiles) * BLOCK_M, is_block, BLOCK_M)  # [BLOCK_M]
         keep = counted(
             q_rows[None, :], k_rows[:, None], row, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr,
-            n_queries, n_keys, n_rounds, n_blocks, look_back, look_ahead, q_round, round_id, at,
+            n_queries, n_keys, n_rounds, n_ring, look_back, look_ahead, q_round, round_id, at,
             IS_CAUSAL, EXCLUDE_SELF, WRAP, IS_LOCAL,
         )  # fmt: skip
         q = load_rows(q_ptr, q_rows, q_stride_n, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -283,28 +299,48 @@ KERNELS = {
 def cost(
     kernel: str, *, batch: int, heads: int, rounds: int, n_blocks: int, c_q: int, c_k: int,
     head_dim: int, value_dim: int, element_size: int = 4, neighbours: int = 1, correct_duplicates: bool = False,
+    config: Config | None = None,
 ) -> Cost:  # fmt: skip
     """Work of all the rounds of one pass of ``kernel`` (a key of :data:`TUNING`). neighbours: blocks in a window."""
+    if kernel not in TUNING:
+        raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
     blocks = batch * heads * rounds * n_blocks
-    pairs = blocks * c_q * c_k * neighbours
-    q_rows, k_rows = blocks * c_q, blocks * c_k * neighbours
-    in_q, in_k = head_dim, head_dim + value_dim
+    pairs, dims = blocks * c_q * c_k * neighbours, head_dim + value_dim
     # the block numbers of a pair's rows in each round before its own
-    numbers = 4 * (q_rows + k_rows) * (rounds - 1) / 2 if correct_duplicates else 0.0
+    numbers = 2 * (rounds - 1) * blocks * (c_q + c_k) if correct_duplicates else 0
+    # bytes of a row: of queries, with an index, and of keys
+    of_q, of_k = head_dim * element_size + 4, dims * element_size + 4
     if kernel == "block_attention_forward":
-        state = 2 * value_dim + 2  # the running out and lse, read and written
-        return Cost(2 * pairs * (head_dim + value_dim), (q_rows * in_q + k_rows * in_k) * element_size
-                    + q_rows * (4 * state + 4) + k_rows * 4 + numbers, pairs)  # fmt: skip
-    if kernel == "block_attention_backward_dq":
-        return Cost(2 * pairs * (2 * head_dim + value_dim),
-                    (q_rows * (in_q + value_dim) + k_rows * in_k) * element_size
-                    + q_rows * (8 * head_dim + 12) + k_rows * 4 + numbers, pairs)  # fmt: skip
-    if kernel == "block_attention_backward_dkv":
-        q_rows, k_rows = blocks * c_q * neighbours, blocks * c_k
-        return Cost(2 * pairs * 2 * (head_dim + value_dim),
-                    (q_rows * (in_q + value_dim) + k_rows * in_k) * element_size
-                    + k_rows * (8 * (head_dim + value_dim) + 4) + q_rows * 12 + numbers, pairs)  # fmt: skip
-    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+        of_q += 8 * (value_dim + 1)  # the running out and lse, read and written
+        flops = 2 * pairs * dims
+    elif kernel == "block_attention_backward_dq":
+        of_q += value_dim * element_size + 8 * head_dim + 8
+        flops = 2 * pairs * (2 * head_dim + value_dim)
+    else:
+        of_q += value_dim * element_size + 8
+        of_k += 8 * dims
+        flops = 4 * pairs * dims
+    work = Cost(flops, blocks * (c_q * of_q + c_k * of_k) + numbers, pairs, launches=rounds)
+    if config is None:
+        return work
+    m, n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    d, dv = padded(head_dim), padded(value_dim)
+    m_tiles, n_tiles = cdiv(c_q, m), cdiv(c_k, n)
+    steps = blocks * m_tiles * n_tiles * neighbours
+    score, weights = (m, n, d), (m, n, dv)
+    if kernel == "block_attention_forward":
+        shapes, pointwise = (score, (m, dv, n)), SCORE_OPS * m * n + m * dv
+    elif kernel == "block_attention_backward_dq":
+        shapes, pointwise = (score, weights, (m, d, n)), SCORE_OPS * m * n
+    else:
+        shapes, pointwise = (score, weights, (n, d, m), (n, dv, m)), SCORE_OPS * m * n
+    # one side's tiles stay with their program; the other side's pass by each of these
+    again_q, again_k = (n_tiles * neighbours, 1) if kernel.endswith("dkv") else (1, m_tiles * neighbours)
+    return replace(
+        work, **products(steps, *shapes), tile_exps=steps * m * n, pointwise=steps * pointwise, steps=steps,
+        held=4 * m * n * (1 if kernel.endswith("forward") else 2),  # the scores, and their gradients
+        loaded=blocks * (c_q * of_q * again_q + c_k * of_k * again_k) + numbers * max(again_q, again_k),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -334,8 +370,9 @@ def heuristic(
 ) -> Config:  # fmt: skip
     """The configuration where nothing was tuned: whole blocks as tiles up to what registers (or the cache) hold.
 
-    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. On a GPU these are the largest tiles whose binaries spill nothing,
-    on sm_80 to sm_120 and gfx942; fp32 with head dims above 128 spills on NVIDIA whatever the tiles are.
+    device_type: as :func:`~fastattn.kernels.launch.device_kind` says it; ``"cuda"`` or ``"hip"`` is any GPU of that
+    vendor. On a GPU these are the largest tiles whose binaries spill nothing, on sm_80 to sm_120 and gfx942; fp32 with
+    head dims above 128 spills on NVIDIA whatever the tiles are.
     """
     if "own_key" in kernel:
         return Config({"BLOCK_M": max(16, 4096 // next_power_of_2(head_dim))}, num_stages=1)
@@ -343,22 +380,26 @@ def heuristic(
     warps, stages = 4, 2
     if device_type == "cpu":
         most = (128, 128) if head_dim <= 64 else (64, 64)
-    elif device_type == "hip":
+    elif device_type.startswith("hip"):
         # its registers do not hold a second stage of tiles
         most, stages = ((64, 64) if element_size * head_dim <= 256 else (32, 32) if head_dim <= 128 else (16, 16)), 1
     elif element_size > 2:
         # exact fp32 dots run on the plain ALUs, with their operands in registers
         most = ((32, 16) if kernel.endswith("dkv") else (32, 32)) if head_dim <= 64 else (16, 16)
+    elif kernel.endswith("dkv") and head_dim <= 64:
+        is_padded = head_dim < next_power_of_2(head_dim)
+        most = (32, 32 if device_type in TIGHT and is_padded else 64)
+        if device_type in READS_SHARED and not (pattern and pattern.dropout):  # draws take registers
+            most = (64, 64)
     elif head_dim <= 64:
-        # 64 queries at a time would do for dk and dv but on sm_120, where they spill
-        most = (32, 64) if kernel.endswith("dkv") else (64, 64) if backward else (128, 128)
+        most = (64, 64) if backward else (128, 128)
         warps = 4 if backward or min(c_q, c_k) <= 64 else 8
     elif head_dim <= 128:
         most, warps = (64, 64), 8
     else:
         most, warps, stages = (32, 32), 8 if kernel.endswith("dkv") else 4, 1
     is_exact_dq = kernel.endswith("dq") and element_size > 2
-    if pattern and device_type == "cuda" and (pattern.correct_duplicates or (pattern.dropout and is_exact_dq)):
+    if pattern and device_type.startswith("cuda") and (pattern.correct_duplicates or (pattern.dropout and is_exact_dq)):
         warps = 8  # the mask that is carried through the rounds before, and draws beside exact dots, take registers
     if pattern and pattern.correct_duplicates and device_type != "cpu":
         stages = 1  # the loop over the rounds before ends the pipeline
@@ -476,12 +517,14 @@ def block_numbers(name: str, index: torch.Tensor, length: int) -> torch.Tensor:
 def _of_options(
     tensors: dict[str, torch.Tensor], flags: tuple[Any, ...], key_mask: torch.Tensor | None, *given: torch.Tensor | None
 ) -> int:
-    """Adds to ``tensors`` what options need beside them. given: the last five arguments of :func:`forward`. Returns how
+    """Adds to ``tensors`` what options need beside them. given: the last six tensors of :func:`forward`. Returns how
     many of them follow from the others."""
-    names = ("q_bucket", "k_bucket", "local_index_q", "local_index_k", "seed")
+    names = ("q_bucket", "k_bucket", "local_index_q", "local_index_k", "seed", "n_used_blocks")
     for name, tensor in zip(names, given, strict=True):
         if tensor is not None:
             tensors[name] = tensor.contiguous()
+    if "n_used_blocks" in tensors:
+        check_counts("n_used_blocks", tensors["n_used_blocks"], tensors["q_index"].shape[3])
     if flags[4] in ("last_resort", "once"):
         batch, n_keys = tensors["k"].shape[0], tensors["k"].shape[2]
         no_mask = tensors["q_index"].new_ones((batch, n_keys), dtype=torch.bool)
@@ -499,26 +542,28 @@ def forward(
     correct_duplicates: bool = False, dropout_p: float = 0.0, key_mask: torch.Tensor | None = None,
     q_bucket: torch.Tensor | None = None, k_bucket: torch.Tensor | None = None,
     local_index_q: torch.Tensor | None = None, local_index_k: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None, *, lookup: Lookup | None = None, stamp: Hashable = None,
+    seed: torch.Tensor | None = None, n_used_blocks: torch.Tensor | None = None, *,
+    lookup: Lookup | None = None, stamp: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, lse) of block attention; the arguments but for the index values are checked by
     ``fastattn.ops.block_attention``, which says what they mean.
 
     q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); q_index (B, H, R, nb, Cq), k_index (B, H, R, nb, Ck), int32
     and contiguous, -1 is padding. key_mask: folded into the indices already; here it says whose own key takes part.
-    seed: int64, without dimensions, where ``dropout_p`` is not 0. lookup: gives tuned configurations; its answers are
-    kept while ``stamp`` stays the same. Returns out (B, H, N, Dv) in q's dtype and lse (B, H, N) in fp32; a row that
-    meets no key has 0 and -inf. In the lowest bit of lse, "last_resort" tells the backward which rows fell back on
-    their own key. Raises what :func:`~fastattn.kernels.launch.run` does.
+    seed: int64, without dimensions, where ``dropout_p`` is not 0. n_used_blocks: (B,) int32. lookup: gives tuned
+    configurations; its answers are kept while ``stamp`` stays the same. Returns out (B, H, N, Dv) in q's dtype and lse
+    (B, H, N) in fp32; a row that meets no key has 0 and -inf. In the lowest bit of lse, "last_resort" tells the
+    backward which rows fell back on their own key. Raises what :func:`~fastattn.kernels.launch.run` does.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, n_queries, _ = q.shape
     tensors = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index}
     options = (self_mode, correct_duplicates, dropout_p, q_bucket is not None, local_index_q is not None)
+    options += (n_used_blocks is not None,)
     flags = (look_back, look_ahead, wrap, is_causal, *options)
     kernels, made = ("block_attention_forward",), 2
     if options != _PLAIN:
-        given = (key_mask, q_bucket, k_bucket, local_index_q, local_index_k, seed)
+        given = (key_mask, q_bucket, k_bucket, local_index_q, local_index_k, seed, n_used_blocks)
         made += _of_options(tensors, flags, *given)
         if self_mode in ("last_resort", "once"):
             kernels += ("block_attention_own_key_forward",)
@@ -541,7 +586,8 @@ def backward(
     correct_duplicates: bool = False, dropout_p: float = 0.0, key_mask: torch.Tensor | None = None,
     q_bucket: torch.Tensor | None = None, k_bucket: torch.Tensor | None = None,
     local_index_q: torch.Tensor | None = None, local_index_k: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None, *, lookup: Lookup | None = None, stamp: Hashable = None,
+    seed: torch.Tensor | None = None, n_used_blocks: torch.Tensor | None = None, *,
+    lookup: Lookup | None = None, stamp: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv) from dout (B, H, N, Dv) and what :func:`forward` returned; the same options."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -550,10 +596,10 @@ def backward(
     kv_heads, n_keys, value_dim = v.shape[1:]
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index, "lse": lse}
     flags = (look_back, look_ahead, wrap, is_causal, self_mode, correct_duplicates, dropout_p)
-    flags += (q_bucket is not None, local_index_q is not None)
+    flags += (q_bucket is not None, local_index_q is not None, n_used_blocks is not None)
     kernels, made = ("block_attention_backward_dq", "block_attention_backward_dkv"), 4
     if flags[4:] != _PLAIN:
-        given = (key_mask, q_bucket, k_bucket, local_index_q, local_index_k, seed)
+        given = (key_mask, q_bucket, k_bucket, local_index_q, local_index_k, seed, n_used_blocks)
         made += _of_options(tensors, flags, *given)
         if self_mode in ("last_resort", "once"):
             kernels = ("block_attention_own_key_backward", *kernels)
@@ -570,11 +616,12 @@ def backward(
 def example_launch(
     kernel: str, dtype: torch.dtype, *, head_dim: int, value_dim: int | None = None, c_q: int = 64, c_k: int = 64,
     device_type: str = "cuda", pattern: Pattern | None = None, config: Config | None = None, first: bool = False,
-    local: bool = False,
+    local: bool = False, n_used_blocks: bool = False,
 ) -> Launch:  # fmt: skip
     """A launch of ``kernel`` on tensors without memory: what an ahead-of-time compiler needs to see.
 
-    first: of the first round. local: of the local round, which has the same block sizes here."""
+    first: of the first round. local: of the local round, which has the same block sizes here. n_used_blocks: whether
+    it is given."""
     value_dim = value_dim or head_dim
     pattern = pattern or Pattern(once="own_key" in kernel)
     sizes = (c_q, c_k, head_dim, dtype.itemsize)
@@ -586,6 +633,8 @@ def example_launch(
     x, y = empty(1, 1, c_q, head_dim, dtype=dtype), empty(1, 1, c_k, value_dim, dtype=dtype)
     q_index, k_index = (empty(1, 1, 2, 1, c, dtype=torch.int32) for c in (c_q, c_k))
     tensors = {"q": x, "k": x, "v": y, "q_index": q_index, "k_index": k_index}
+    if n_used_blocks:
+        tensors["n_used_blocks"] = empty(1, dtype=torch.int32)
     if local:
         tensors |= {"local_index_q": q_index[:, :, :1], "local_index_k": k_index[:, :, :1]}
     if pattern.correct_duplicates:

@@ -18,15 +18,20 @@ def place(n_blocks, n_tiles):
 
 
 @triton.jit
-def neighbour(block, distance, round_id, n_rounds, n_blocks, WRAP: tl.constexpr):
-    """Block number over all rounds of the block that stands ``distance`` after ``block`` in a round, and if it is."""
-    first = round_id * n_blocks
-    other = first + block + distance
+def neighbour(block, distance, round_id, n_rounds, n_blocks, n_used, WRAP: tl.constexpr):
+    """Block number over all rounds of the block that stands ``distance`` after ``block`` in a round, and if it is.
+
+    n_used: how many of its n_blocks blocks each round of this head uses; None: all."""
+    n_ring = n_blocks if n_used is None else n_used
     if WRAP:
-        total = n_rounds * n_blocks
-        return ((other % total) + total) % total, True
+        total = n_rounds * n_ring
+        other = (round_id * n_ring + block + distance) % total
+        other = (other + total) % total
+        if n_used is not None:
+            other += other // n_ring * (n_blocks - n_ring)
+        return other, True
     else:
-        return other, (other >= first) & (other < first + n_blocks)
+        return round_id * n_blocks + block + distance, (block + distance >= 0) & (block + distance < n_ring)
 
 
 @triton.jit
@@ -59,25 +64,25 @@ def share_a_bucket(
 @triton.jit
 def new_pairs(
     keep, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, row, q_rows, k_rows, n_queries, n_keys,
-    n_rounds, n_blocks, look_back, look_ahead, round_id, step, WRAP: tl.constexpr,
+    n_rounds, n_ring, look_back, look_ahead, round_id, step, WRAP: tl.constexpr,
 ):  # fmt: skip
     """``keep`` without the pairs that met before: in a round before ``round_id``, or in that one at an earlier step of
     the query's window than ``step``.
 
     A query in block c meets a key of block c' at step c' - c + look_back of its window, if that is below the window's
-    length. The key may stand in a block of another round that the window reaches into.
+    length. The key may stand in a block of another round that the window reaches into. n_ring: blocks of a round.
     """
     reach_back = 0
     reach = 1  # how many rounds a window touches
     if WRAP:
-        reach_back = tl.cdiv(look_back, n_blocks)
-        reach = 1 + reach_back + tl.cdiv(look_ahead, n_blocks)
+        reach_back = tl.cdiv(look_back, n_ring)
+        reach = 1 + reach_back + tl.cdiv(look_ahead, n_ring)
     turns = tl.where(step > 0, round_id + 1, round_id) * reach
     for turn in range(0, turns):
         earlier = turn // reach
         away = turn % reach - reach_back
         k_round = ((earlier + away) % n_rounds + n_rounds) % n_rounds
-        c_q = of_round(q_block_ptr, row, n_rounds, earlier, n_queries, q_rows) - look_back - away * n_blocks
+        c_q = of_round(q_block_ptr, row, n_rounds, earlier, n_queries, q_rows) - look_back - away * n_ring
         c_k = of_round(k_block_ptr, row, n_rounds, k_round, n_keys, k_rows)
         steps = tl.where(earlier == round_id, step, 1 + look_back + look_ahead)
         met = (c_k >= c_q) & (c_k < c_q + steps)
@@ -91,7 +96,7 @@ def new_pairs(
 
 @triton.jit
 def counted(
-    q_rows, k_rows, row, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, n_queries, n_keys, n_rounds, n_blocks,
+    q_rows, k_rows, row, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, n_queries, n_keys, n_rounds, n_ring,
     look_back, look_ahead, q_round, k_round, step,
     IS_CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, WRAP: tl.constexpr, IS_LOCAL: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +111,7 @@ def counted(
     if q_block_ptr is not None:
         keep = new_pairs(
             keep, q_block_ptr, k_block_ptr, q_bucket_ptr, k_bucket_ptr, row, q_rows, k_rows, n_queries, n_keys,
-            n_rounds, n_blocks, look_back, look_ahead, q_round, step, WRAP,
+            n_rounds, n_ring, look_back, look_ahead, q_round, step, WRAP,
         )  # fmt: skip
     return keep
 

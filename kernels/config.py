@@ -9,6 +9,10 @@ from typing import Any
 
 # May a compiler contract a * b + c? Always said aloud, for Triton's default changes from version to version.
 FP_FUSION = True
+# What heuristics tell of architectures, in the names of ahead-of-time targets: where tensor cores read their operands
+# from shared memory, which leaves registers for larger tiles, and where a tile takes more registers than elsewhere.
+READS_SHARED = ("cuda:90", "cuda:100", "cuda:103")
+TIGHT = ("cuda:120", "cuda:121")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,53 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call, for roofline models and for rates in benchmarks."""
+    """Work of one call of a kernel, for time models and for rates in benchmarks.
+
+    flops, exps: what the result takes. bytes: each tensor's, once a launch.
+
+    The rest is what a configuration makes of that; 0 where none was given:
+
+    tile_flops, tile_exps: as the tiles do it, with what is masked or padded. pointwise: operations on elements of tiles
+    outside of products and exps, counted roughly. dots: how many products of tiles there are; operands: elements of the
+    tiles that they read; results: of those that they add to. loaded: bytes that all programs together load and store,
+    through caches. steps: iterations of the inner loops of all programs. held: bytes of the tiles that one of them goes
+    over, beside the operands of products.
+
+    launches: how many equal launches share the work. rate: what products run at, where it is not the rate of the
+    inputs' dtype: the name of a rate of :class:`fastattn.autotune.devices.Device`, or "tf32x3".
+    """
 
     flops: float
     bytes: float
     exps: float
+    tile_flops: float = 0.0
+    tile_exps: float = 0.0
+    pointwise: float = 0.0
+    dots: float = 0.0
+    operands: float = 0.0
+    results: float = 0.0
+    loaded: float = 0.0
+    steps: float = 0.0
+    held: float = 0.0
+    launches: int = 1
+    rate: str | None = None
+
+
+# Operations outside of products, roughly, on each score of a tile of attention: scaling, the mask, the running maximum,
+# the sum; and on each feature: the map and its masks.
+SCORE_OPS, FEATURE_OPS = 8, 4
+
+
+def products(count: float, *shapes: tuple[int, int, int]) -> dict[str, float]:
+    """:class:`Cost`'s fields for ``count`` times the products [m, k] x [k, n] of ``shapes``, each (m, n, k)."""
+    return {
+        "tile_flops": count * sum(2 * m * n * k for m, n, k in shapes),
+        "dots": count * len(shapes),
+        "operands": count * sum((m + n) * k for m, n, k in shapes),
+        "results": count * sum(m * n for m, n, _ in shapes),
+    }
+
+
+def padded(dim: int) -> int:
+    """A head dim as tiles have it: a power of two, from 16 on, the least that ``tl.dot`` takes."""
+    return max(16, next_power_of_2(dim))

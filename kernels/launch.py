@@ -54,9 +54,16 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
+@lru_cache
 def device_kind(device: torch.device) -> str:
-    """``"cpu"``, ``"cuda"``, ``"hip"`` or ``"xpu"``: what heuristics tell apart, where torch calls AMD's GPUs cuda."""
-    return "hip" if torch.version.hip and device.type == "cuda" else device.type
+    """What heuristics tell apart: ``"cpu"``, ``"xpu"``, or a GPU's vendor and architecture, as the targets of
+    :func:`~fastattn.kernels.ahead.compile_ahead` are called: ``"cuda:90"``, ``"hip:gfx942"``."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return f"hip:{properties.gcnArchName.split(':')[0]}"
+    return f"cuda:{properties.major}{properties.minor}"
 
 
 def argument_type(value: Any) -> str:

@@ -11,11 +11,19 @@ def check_rows(name: str, index: torch.Tensor, length: int, what: str = "rows") 
     Raises ValueError on the CPU. Elsewhere, and in traced code, looking at the values would make the host wait: there
     the assertion is left to the device.
     """
-    low, high = torch.aminmax(index)
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    _check_values(name, index, -1, length - 1, f"-1 or {what} below {length}")
+
+
+def check_counts(name: str, counts: torch.Tensor, most: int) -> None:
+    """Every value of ``counts`` must be from 1 to ``most``; raised as by :func:`check_rows`."""
+    _check_values(name, counts, 1, most, f"numbers from 1 to {most}")
+
+
+def _check_values(name: str, values: torch.Tensor, least: int, most: int, allowed: str) -> None:
+    low, high = torch.aminmax(values)
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(low), int(high)
-        if low < -1 or high >= length:
-            raise ValueError(f"{name} must hold -1 or {what} below {length}, got values from {low} to {high}")
+        if low < least or high > most:
+            raise ValueError(f"{name} must hold {allowed}, got values from {low} to {high}")
     else:
-        inside = (low >= -1) & (high < length)
-        torch.ops.aten._assert_async.msg(inside, f"{name} must hold -1 or {what} below {length}")
+        torch.ops.aten._assert_async.msg((low >= least) & (high <= most), f"{name} must hold {allowed}")

@@ -60,13 +60,13 @@ def attend(
     """
     checks.check_choice("method", method, tuple(METHODS))
     _check_knobs(method, knobs)
+    if method == "lsh" and k is not q:
+        raise ValueError("k must be q itself with method='lsh', whose queries are its keys")
     if cu_seqlens is not None:
         return packed.attend_packed(q, k, v, method, METHODS[method], cu_seqlens, cu_seqlens_k, knobs)
     if cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k needs cu_seqlens, which is None")
     if method == "lsh":
-        if k is not q:
-            raise ValueError("k must be q itself with method='lsh', whose queries are its keys")
         return lsh_attention(q, v, **knobs)
     return METHODS[method](q, k, v, **knobs)
 

@@ -3,13 +3,15 @@
 Sequences whose lengths lie within a quarter of one another make one padded batch, with masks that the methods keep
 exactly. So a call runs the method once for each of these groups, not for each sequence: lengths from m to n make at
 most log(n / m) / log(4 / 3) + 2 of them (cross-attention: that for queries times that for keys; SMYRF in
-cross-attention: one for each number of clusters). At most a quarter of a group is padding, so time is at most 4/3 of
-what the rows themselves take (dense: 16/9), and gathering rows and putting them back moves q, k, v and out once more.
-The lengths decide shapes: on a GPU the host waits for them, and under ``torch.compile`` they break the graph.
+cross-attention: one for each number of clusters; LSH: one more, for what is short enough to be dense). At most a
+quarter of a group is padding, so time is at most 4/3 of what the rows themselves take (dense: 16/9), and gathering rows
+and putting them back moves q, k, v and out once more. The lengths decide shapes: on a GPU the host waits for them, and
+under ``torch.compile`` they break the graph.
 
-All sequences have the same draws, such as SMYRF's projections; dropout differs from sequence to sequence, but with the
-clustered methods repeats from group to group. Arguments that speak of rows (masks, given clusters,
-states, a returned lse) have no packed form, nor has "lsh", whose rounds look round their ends, and so at padding.
+All sequences have the same draws, such as SMYRF's projections; dropout differs from sequence to sequence, but with LSH
+and the clustered methods repeats from group to group. Where LSH's number of buckets is not given, it is that of the
+longest sequence that a group may have, and sequences with another number have other directions. Arguments that speak
+of rows (masks, given clusters or buckets, states, a returned lse) have no packed form.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.methods import common, smyrf_routing
+from fastattn.methods import common, reformer, smyrf_routing
 from fastattn.ops import checks
 
-_OF_ROWS = ("key_mask", "query_mask", "clusters", "initial_centroids", "initial_state", "return_state", "return_lse")
+_OF_ROWS = (
+    "key_mask", "query_mask", "clusters", "buckets", "initial_centroids", "initial_state", "return_state", "return_lse",
+)  # fmt: skip
 
 
 def attend_packed(
@@ -43,6 +47,8 @@ def attend_packed(
 ) -> Tensor:
     """q (total, H, D), k (total_k, Hkv, D), v (total_k, Hkv, Dv) -> (total, H, Dv); see :func:`fastattn.attend`."""
     _check(q, k, v, method, knobs)
+    if method == "lsh":
+        _check_lsh(cu_seqlens_k, knobs)
     of_q = _Sequences.of("cu_seqlens", cu_seqlens, q, "q")
     if cu_seqlens_k is None:
         of_k = _Sequences.of("cu_seqlens", cu_seqlens, k, "k")
@@ -67,15 +73,17 @@ def attend_packed(
         key_rows, key_mask = of_k.padded(group)
         place[rows[query_mask]] = size + query_mask.flatten().nonzero().squeeze(-1)
         masks = _masks(function, of_q.lengths[group[0]] == of_k.lengths[group[0]], query_mask, key_mask, q.device)
-        out = function(_gather(q, rows), _gather(k, key_rows), _gather(v, key_rows), **{**knobs, **draws, **masks})
+        if method == "lsh":  # its queries are its keys
+            keys, chosen = [], _buckets(of_q.lengths[group[0]], knobs)
+        else:
+            keys, chosen = [_gather(k, key_rows)], {}
+        out = function(_gather(q, rows), *keys, _gather(v, key_rows), **{**knobs, **draws, **masks, **chosen})
         outs.append(out.transpose(1, 2).flatten(0, 1))
         size += rows.numel()
     return torch.cat(outs).index_select(0, place.to(q.device))
 
 
 def _check(q: Any, k: Any, v: Any, method: str, knobs: dict[str, Any]) -> None:
-    if method == "lsh":
-        raise ValueError("method 'lsh' has no packed form: its rounds look round their ends, and so at padding")
     for name in _OF_ROWS:
         if knobs.get(name) is not None and knobs[name] is not False:
             raise ValueError(f"{name} can't be given together with cu_seqlens")
@@ -88,6 +96,16 @@ def _check(q: Any, k: Any, v: Any, method: str, knobs: dict[str, Any]) -> None:
             )
     if len(v) != len(k):
         raise ValueError(f"v must have k's length {len(k)}, got shape {tuple(v.shape)}")
+
+
+def _check_lsh(cu_seqlens_k: Any, knobs: dict[str, Any]) -> None:
+    if cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k must be None with method='lsh', whose queries are its keys")
+    if knobs.get("padding", "last") != "last":
+        raise ValueError(f"padding must be 'last' together with cu_seqlens, got {knobs['padding']!r}")
+    checks.check_int("bucket_size", knobs.get("bucket_size", 64), 1)
+    if knobs.get("dense_threshold") is not None:
+        checks.check_int("dense_threshold", knobs["dense_threshold"], 0)
 
 
 @dataclass(frozen=True)
@@ -128,13 +146,30 @@ def _groups(q_lengths: list[int], k_lengths: list[int], method: str, knobs: dict
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, (n, s) in enumerate(zip(q_lengths, k_lengths, strict=True)):
         if n > 0 and s > 0:
-            own = _smyrf_clusters(n, s, knobs) if method == "smyrf" else None
+            own = None
+            if method == "smyrf":
+                own = _smyrf_clusters(n, s, knobs)
+            elif method == "lsh":
+                own = n <= _dense_length(knobs)
             groups[_level(n), _level(s), n == s, own].append(i)
     return list(groups.values())
 
 
 def _level(length: int) -> int:
     return math.floor(math.log(length) / math.log(4 / 3))
+
+
+def _dense_length(knobs: dict[str, Any]) -> int:
+    sizes = knobs.get("dense_threshold"), knobs.get("bucket_size", 64), knobs.get("across_buckets", True)
+    return reformer.dense_length(*sizes)
+
+
+def _buckets(length: int, knobs: dict[str, Any]) -> dict[str, Any]:
+    """How many buckets LSH has in the group of a sequence: what else is in the group does not decide it."""
+    if knobs.get("n_buckets") is not None or knobs.get("rotations") is not None:
+        return {}
+    longest = math.floor((4 / 3) ** (_level(length) + 1))
+    return {"n_buckets": reformer.default_factors(longest, knobs.get("bucket_size", 64))}
 
 
 def _smyrf_clusters(n: int, s: int, knobs: dict[str, Any]) -> Hashable:

@@ -107,8 +107,10 @@ def lsh_attention(
     Returns:
         out (B, H, N, Dv) in qk's dtype.
 
-    Padding by whole blocks has no effect either but for one thing: with ``wrap`` a round's first block looks back to
-    blocks of padding. Under autocast qk and v are cast to its dtype. Routing is not differentiated.
+    Rows that take no part have no effect at all: the others give, to rounding, what they give without them. Only what
+    is left to the length N counts them as well: the default number of buckets, and a ``dense_threshold`` that is above
+    ``bucket_size``. Dropout draws by position. Under autocast qk and v are cast to its dtype. Routing is not
+    differentiated.
 
     Raises:
         TypeError, ValueError: naming the argument that is at fault.
@@ -150,8 +152,7 @@ def lsh_attention(
     options: dict[str, Any] = {"is_causal": is_causal, "self_mode": self_mode, "scale": scale, "impl": impl}
     if dropout_p > 0:
         options |= {"dropout_p": dropout_p, "seed": common.draw_seed(generator, qk.device)}
-    if dense_threshold is None:
-        dense_threshold = bucket_size if across_buckets else 0
+    dense_threshold = dense_length(dense_threshold, bucket_size, across_buckets)
     if qk.shape[2] <= dense_threshold:
         index, _ = local_blocks(qk.shape[2], qk, key_mask, key_mask)
         return attend_blocks(qk, k, v, index, index, **options)[0]
@@ -165,17 +166,36 @@ def lsh_attention(
         index = _cut(sort_by_bucket(buckets, n_distinct, key_mask if padding == "last" else None), bucket_size)
         if key_mask is not None:
             index = fold_key_mask(index, key_mask)
+    short = None
+    if key_mask is not None and padding == "last":
+        n_real = key_mask.sum(-1)
+        options["n_used_blocks"] = ((n_real + (bucket_size - 1)) // bucket_size).clamp_min(1).to(torch.int32)
+        if dense_threshold > 0:
+            # by itself an example of so few rows is dense; its one block is that too, but for buckets and a local round
+            short = (n_real <= min(dense_threshold, bucket_size))[:, None, None, None]
     options |= {"look_back": look_back, "look_ahead": look_ahead, "wrap": merge == "lse" if wrap is None else wrap}
-    own_buckets = None if across_buckets else buckets
+    own_buckets = None
+    if not across_buckets:
+        own_buckets = buckets if short is None else buckets.masked_fill(short, 0)
     if merge == "mean":
         return _mean_of_rounds(qk, k, v, index, own_buckets, options)
     if local_window:
-        options["local_index"] = local_blocks(local_window, qk, key_mask, key_mask)
+        local_index, _ = local_blocks(local_window, qk, key_mask, key_mask)
+        if short is not None:
+            local_index = local_index.masked_fill(short.unsqueeze(-1), -1)
+        options["local_index"] = (local_index, local_index)
     options |= {"q_bucket": own_buckets, "k_bucket": own_buckets, "correct_duplicates": correct_duplicates}
     return attend_blocks(qk, k, v, index, index, **options)[0]
 
 
 _MOST_GIVEN = 2**24  # up to which fp32 holds every integer
+
+
+def dense_length(dense_threshold: int | None, bucket_size: int, across_buckets: bool) -> int:
+    """The most rows that meet one another without a hash."""
+    if dense_threshold is not None:
+        return dense_threshold
+    return bucket_size if across_buckets else 0
 
 
 def default_factors(n: int, bucket_size: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.choice import lookup, stamp
-from fastattn.kernels.rows import check_rows
+from fastattn.kernels.rows import check_counts, check_rows
 from fastattn.ops import checks
 from fastattn.ops.autocast import cast_inputs, no_autocast
 from fastattn.ops.fallback import fused_or_defined, kernel_room
@@ -37,6 +37,7 @@ def block_attention(
     q_bucket: Tensor | None = None,
     k_bucket: Tensor | None = None,
     local_index: LocalIndex | None = None,
+    n_used_blocks: Tensor | None = None,
     correct_duplicates: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -73,6 +74,9 @@ def block_attention(
             round, whose buckets equal none of this one's.
         local_index: (q_index (B, H, 1, nb', Cq'), k_index (B, H, 1, nb', Ck')): one more round after the others, of
             blocks of another size, which look neither back nor ahead and ask for no bucket.
+        n_used_blocks: (B,) int32, from 1 to nb: where given, a round of example b ends after its first
+            n_used_blocks[b] blocks, as if there were no others: what looks round its end comes from those to the next
+            round. The others must hold -1 alone, else results are undefined (not checked).
         correct_duplicates: a key met several times, in several rounds or in one window round the end, counts once: as
             if the logarithm of how often it is met were taken off its logits. Takes O(R * (N + S)) memory.
         scale: factor of q . k; None is 1 / sqrt(D).
@@ -122,6 +126,7 @@ def block_attention(
         _check_bucket("q_bucket", q_bucket, q_index, q.shape[2])
         _check_bucket("k_bucket", k_bucket, k_index, k.shape[2])
     _check_local_index(local_index, q)
+    _check_used(n_used_blocks, q)
     checks.check_bool("correct_duplicates", correct_duplicates)
     checks.check_scale(scale)
     check_dropout(dropout_p, seed, q.device)
@@ -140,6 +145,7 @@ def block_attention(
         q_bucket=q_bucket,
         k_bucket=k_bucket,
         local_index=local_index,
+        n_used_blocks=n_used_blocks,
         correct_duplicates=correct_duplicates,
         scale=scale,
         dropout_p=dropout_p,
@@ -164,6 +170,7 @@ def attend_blocks(
     q_bucket: Tensor | None = None,
     k_bucket: Tensor | None = None,
     local_index: LocalIndex | None = None,
+    n_used_blocks: Tensor | None = None,
     correct_duplicates: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -182,7 +189,7 @@ def attend_blocks(
     if dropout_p > 0:
         draw = seed if isinstance(seed, Tensor) else q.new_full((), seed, dtype=torch.int64)
     flags = (look_back, look_ahead, wrap, is_causal, self_mode, correct_duplicates, dropout_p)
-    tensors = (key_mask, q_bucket, k_bucket, *(local_index or (None, None)), draw)
+    tensors = (key_mask, q_bucket, k_bucket, *(local_index or (None, None)), draw, n_used_blocks)
     if impl != "reference":
         options = ()
         if flags != _DEFAULTS or any(tensor is not None for tensor in tensors):
@@ -252,17 +259,30 @@ def _check_bucket(name: str, bucket: object, index: Tensor, length: int) -> None
     checks.check_device(name, bucket, index.device)
 
 
+def _check_used(n_used_blocks: object, q: Tensor) -> None:
+    if n_used_blocks is None:
+        return
+    checks.check_tensors(n_used_blocks=n_used_blocks)
+    assert isinstance(n_used_blocks, Tensor)
+    if n_used_blocks.dtype != torch.int32:
+        raise TypeError(f"n_used_blocks must be torch.int32, got {n_used_blocks.dtype}")
+    if n_used_blocks.shape != q.shape[:1]:
+        raise ValueError(f"n_used_blocks must have shape (batch,) = ({q.shape[0]},), got {tuple(n_used_blocks.shape)}")
+    checks.check_device("n_used_blocks", n_used_blocks, q.device)
+
+
 # what a call has besides its five tensors, scale and fallback, in the op's order
 _FLAGS = ("look_back", "look_ahead", "wrap", "is_causal", "self_mode", "correct_duplicates", "dropout_p")
 _DEFAULTS = (0, 0, True, False, "attend", False, 0.0)
-_TENSORS = ("key_mask", "q_bucket", "k_bucket", "local_index_q", "local_index_k", "seed")
+_TENSORS = ("key_mask", "q_bucket", "k_bucket", "local_index_q", "local_index_k", "seed", "n_used_blocks")
 _N_SCALARS = 2 + len(_FLAGS)
 
 
 def _define(
     q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, scale: float, flags: Sequence[Any], tensors: Sequence[Any]
 ) -> dict[str, Any]:
-    """The options of the definition, whose row numbers are checked here; kernels have it done by who launches them."""
+    """The options of the definition, whose numbers of rows and blocks are checked here; kernels have it done by who
+    launches them."""
     options: dict[str, Any] = {}
     options |= zip(_FLAGS, flags, strict=False)
     options |= zip(_TENSORS, tensors, strict=False)
@@ -273,6 +293,8 @@ def _define(
         indices |= {"local_index_q": (local[0], q), "local_index_k": (local[1], k)}
     for name, (index, x) in indices.items():
         check_rows(name, index, x.shape[2])
+    if options.get("n_used_blocks") is not None:
+        check_counts("n_used_blocks", options["n_used_blocks"], q_index.shape[3])
     if options.get("seed") is None:
         options.pop("seed", None)
     return options | {"scale": scale}
@@ -336,7 +358,7 @@ _OPTIONS = (
     "float scale, bool fallback, int look_back=0, int look_ahead=0, bool wrap=True, bool is_causal=False,"
     " str self_mode='attend', bool correct_duplicates=False, float dropout_p=0.0, Tensor? key_mask=None,"
     " Tensor? q_bucket=None, Tensor? k_bucket=None, Tensor? local_index_q=None, Tensor? local_index_k=None,"
-    " Tensor? seed=None"
+    " Tensor? seed=None, Tensor? n_used_blocks=None"
 )
 _FORWARD = define_op(
     f"block_attention(Tensor q, Tensor k, Tensor v, Tensor q_index, Tensor k_index, {_OPTIONS})"

@@ -41,7 +41,7 @@ def check_scale(scale: Any) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite breaks the graph where torch.compile has it change
         raise ValueError(f"scale must be finite, got {scale}")
 
 

@@ -96,8 +96,10 @@ def block_attention_backward(
 
 def fold_key_mask(k_index: Tensor, key_mask: Tensor) -> Tensor:
     """``k_index`` (B, H, R, nb, Ck) with -1 in place of the rows where ``key_mask`` (B, S) is False."""
-    rows = k_index.flatten(1).clamp_min(0).long()
-    keep = key_mask.gather(1, rows).view_as(k_index)
+    # what is no row keeps its place, at the mask's ends, for who checks row numbers afterwards
+    ends = torch.nn.functional.pad(key_mask, (1, 1), value=True)
+    rows = k_index.flatten(1).long().clamp_(-1, key_mask.shape[1]).add_(1)
+    keep = ends.gather(1, rows).view_as(k_index)
     return torch.where(keep, k_index, k_index.new_full((), -1))
 
 
@@ -134,6 +136,7 @@ class _Blocks:
     correct_duplicates: bool = False
     dropout_p: float = 0.0
     seed: int = 0
+    n_used_blocks: Tensor | None = None
 
     @staticmethod
     def of(
@@ -149,22 +152,26 @@ class _Blocks:
         return replace(blocks, k_index=fold_key_mask(k_index, key_mask), local_index=local_index)
 
     def rounds(self) -> Iterator[_Pairs]:
-        n_rounds, n_blocks = self.q_index.shape[2:4]
+        heads, n_rounds, n_blocks, size = self.k_index.shape[1:]
         window = torch.arange(1 + self.look_back + self.look_ahead, device=self.q.device)
         block = torch.arange(n_blocks, device=self.q.device).unsqueeze(-1) + window - self.look_back  # [nb, W]
         all_blocks = self.k_index.flatten(2, 3)  # [B, H, R * nb, Ck]
-        step = window.repeat_interleave(self.k_index.shape[-1])  # [K]
+        step = window.repeat_interleave(size)  # [K]
+        n_used = self._used()[:, None, None]  # [B or 1, 1, 1]
         for r in range(n_rounds):
-            number = (r * n_blocks + block) % (n_rounds * n_blocks)
-            keys = all_blocks[:, :, number]  # [B, H, nb, W, Ck]
+            place = (r * n_used + block) % (n_rounds * n_used)  # among the used blocks of all rounds, [B or 1, nb, W]
+            k_round = place // n_used
+            number = (k_round * n_blocks + place % n_used).flatten(1)[:, None, :, None]
+            keys = all_blocks.gather(2, number.expand(len(self.q), heads, -1, size))  # [B, H, nb * W, Ck]
+            keys = keys.unflatten(2, block.shape)
             if not self.wrap:
-                inside = (block >= 0) & (block < n_blocks)
-                keys = keys.masked_fill(~inside.unsqueeze(-1), -1)
+                inside = (block >= 0) & (block < n_used)
+                keys = keys.masked_fill(~inside[:, None, ..., None], -1)
             queries, keys = self.q_index[:, :, r], keys.flatten(-2)
             keep = self._may_meet(queries, keys)
             if self.q_bucket is not None:
-                here = (number // n_blocks == r).repeat_interleave(self.k_index.shape[-1], -1)  # [nb, K]
-                keep &= here.unsqueeze(-2) & self._share_a_bucket(queries, keys, r)
+                here = (k_round == r).repeat_interleave(size, -1)  # [B or 1, nb, K]
+                keep &= here[:, None, :, None] & self._share_a_bucket(queries, keys, r)
             yield self._pairs(queries, keys, keep, r, step)
         if self.self_mode == "once":
             queries = torch.arange(self.q.shape[2], dtype=torch.int32, device=self.q.device).expand(self.q.shape[:3])
@@ -227,8 +234,8 @@ class _Blocks:
 
     def _met_before(self, queries: Tensor, keys: Tensor, round_id: int, step: Tensor) -> Tensor:
         """Which pairs also met in an earlier round, or in this one at an earlier step of the query's window."""
-        n_rounds, n_blocks = self.q_index.shape[2:4]
-        total, window = n_rounds * n_blocks, 1 + self.look_back + self.look_ahead
+        n_rounds, n_used = self.q_index.shape[2], self._used()[:, None, None, None, None]
+        window = 1 + self.look_back + self.look_ahead
         q_block = self._block_numbers(self.q_index, self.q.shape[2])
         k_block = self._block_numbers(self.k_index, self.k.shape[2])
         met = torch.zeros((*queries.shape, keys.shape[-1]), dtype=torch.bool, device=self.q.device)
@@ -237,11 +244,17 @@ class _Blocks:
             # the key may stand in this round's blocks, or in those of a round that a window reaches into
             for other in range(n_rounds) if self.wrap and self.q_bucket is None else (r,):
                 there = _at(k_block[:, :, other], keys).unsqueeze(-2)
-                at = (other * n_blocks + there) - (r * n_blocks + here) + self.look_back  # the step at which they meet
-                at = at % total if self.wrap else at
+                at = (other - r) * n_used + there - here + self.look_back  # the step at which they meet
+                at = at % (n_rounds * n_used) if self.wrap else at
                 met_here = (here >= 0) & (there >= 0) & (at >= 0) & (at < (step if r == round_id else window))
                 met |= met_here if self.q_bucket is None else met_here & self._share_a_bucket(queries, keys, r)
         return met
+
+    def _used(self) -> Tensor:
+        """How many blocks of each round an example uses, (B,), or (1,) where all use all."""
+        if self.n_used_blocks is None:
+            return torch.full((1,), self.q_index.shape[3], device=self.q.device)
+        return self.n_used_blocks.long()
 
     def _share_a_bucket(self, queries: Tensor, keys: Tensor, round_id: int) -> Tensor:
         assert self.q_bucket is not None and self.k_bucket is not None

@@ -72,10 +72,11 @@ def meeting_counts(
 ) -> Tensor:
     """How often query i meets key j in each round, itself too: (B, H, h, N, N) int64, of buckets (B, H, h, N)."""
     batch, heads, rounds, n = buckets.shape
-    n_blocks = math.ceil(n / bucket_size)
-    total = rounds * n_blocks
     count = torch.zeros(batch, heads, rounds, n, n, dtype=torch.int64, device=buckets.device)
     for b in range(batch):
+        n_cut = int(taking_part[b].sum()) if padding == "last" else n  # rows that are cut into blocks
+        n_blocks = max(1, math.ceil(n_cut / bucket_size))
+        total = rounds * n_blocks
         for h in range(heads):
             blocks = []
             for r in range(rounds):

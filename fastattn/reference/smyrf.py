@@ -68,8 +68,8 @@ def meeting_counts(
     projections = projections.expand(batch, heads, *projections.shape[-2:])
     count = q.new_zeros((batch, heads, n_queries, n_keys))
     for b in range(batch):
-        k_real = torch.arange(n_keys) if key_mask is None else key_mask[b].nonzero().squeeze(-1)
-        q_real = torch.arange(n_queries) if query_mask is None else query_mask[b].nonzero().squeeze(-1)
+        k_real = torch.arange(n_keys, device=q.device) if key_mask is None else key_mask[b].nonzero().squeeze(-1)
+        q_real = torch.arange(n_queries, device=q.device) if query_mask is None else query_mask[b].nonzero().squeeze(-1)
         if self_like:
             q_real = k_real
         if len(q_real) == 0 or len(k_real) == 0:

@@ -32,13 +32,16 @@ def case(n, options):
         options |= dict(local_index_q=index(n, 19, 1), local_index_k=index(29, 15, 1))
     if options.pop("buckets", False):
         options["q_bucket"], options["k_bucket"] = (torch.arange(2 * 2 * s).view(1, 2, 2, s).int() % 3 for s in (n, 29))
+    if "used" in options:
+        n_used = options["n_used_blocks"] = torch.tensor([options.pop("used")], dtype=torch.int32)
+        q_index[:, :, :, n_used:], k_index[:, :, :, n_used:] = -1, -1
     if options.get("dropout_p"):
         options["seed"] = torch.tensor(2**40 + 7)
     out, lse = block_attention.forward(q, k, v, q_index, k_index, 0.3, **options)
     return out, lse, *block_attention.backward(dout, q, k, v, q_index, k_index, out, lse, 0.3, **options)
 
 def cases():
-    reformer = dict(look_back=1, is_causal=True, self_mode="last_resort", correct_duplicates=True, buckets=True)
+    reformer = dict(look_back=1, is_causal=True, self_mode="last_resort", correct_duplicates=True, buckets=True, used=1)
     smyrf = dict(is_causal=True, self_mode="once", correct_duplicates=True, local=True, dropout_p=0.3)
     plain = dict(look_back=1, is_causal=True, self_mode="exclude")
     return [x for n, options in ((37, plain), (29, reformer), (29, smyrf)) for x in case(n, options)]

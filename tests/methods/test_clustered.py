@@ -14,6 +14,7 @@ from fastattn import clustered_attention
 from fastattn.methods.clustered import assign_clusters
 from fastattn.reference import clustered as definition
 from tests.accuracy import assert_as_accurate, original
+from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves, needs_compiler
 
@@ -224,7 +225,7 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
 def test_autocast_casts_as_sdpa_does(impl: str | None) -> None:
     x = leaves(*inputs())
     knobs: dict[str, Any] = {"n_clusters": C, "clusters": some_clusters(x[0]), "impl": impl}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         out = clustered_attention(*x, **knobs)
         actual = gradients(out, x, torch.ones_like(out))
     assert out.dtype == torch.bfloat16

@@ -12,6 +12,7 @@ from fastattn import improved_clustered_attention
 from fastattn.reference.improved_clustered import improved_clustered_attention as definition
 from tests.accuracy import assert_as_accurate, original
 from tests.bad_input import Bad, Change, each_of
+from tests.device import device_type
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves
 
 C, D = 5, 8
@@ -155,7 +156,7 @@ class TestInTorch:
 
     def test_autocast_casts_as_sdpa_does(self) -> None:
         x = leaves(*inputs())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             out = improved_clustered_attention(*x, n_clusters=C, topk=6, clusters=given(x[0]))
         halves = each(Tensor.bfloat16, x)
         expected = improved_clustered_attention(*halves, n_clusters=C, topk=6, clusters=given(x[0]))

@@ -15,6 +15,7 @@ from fastattn import linear_attention, linear_attention_step
 from fastattn.methods.feature_maps import favor_features, random_directions
 from fastattn.methods.linear import LinearState, empty_state
 from tests.accuracy import original
+from tests.device import device_type
 from tests.ops.cases import IMPLS, Three, gradients, leaves
 
 D, DV = 8, 6  # of the fixtures, and of all tests here, so that kernels are built once
@@ -220,7 +221,7 @@ class TestInTorch:
         x = leaves(*inputs())
         omega = None if feature_map == "elu" else random_directions(D, D, generator=torch.Generator().manual_seed(0))
         knobs: dict[str, Any] = {"feature_map": feature_map, "omega": omega, "is_causal": True}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             out = linear_attention(*x, **knobs)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, linear_attention(*(y.bfloat16() for y in x), **knobs))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastattn import attend
 from fastattn.methods import packed
 from tests.methods.test_smyrf import D, draws
+from tests.ops.cases import needs_compiler
 
 LENGTHS = [5, 0, 17, 33, 30, 1, 29, 64, 12]
 KEY_LENGTHS = [5, 4, 20, 33, 28, 0, 31, 64, 40]
@@ -29,6 +30,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear", "impl": "reference"},
     "clustered": {"method": "clustered", "impl": "reference", "n_iterations": 1, **PLANES},
     "improved clustered": {"method": "improved_clustered", "impl": "reference", "topk": 4, "n_iterations": 1, **PLANES},
+}
+LSH: dict[str, Any] = {
+    "method": "lsh", "n_hashes": 3, "bucket_size": 8, "impl": "reference",
+    "rotations": torch.randn(1, D, 3, 3, generator=torch.Generator().manual_seed(0)),
+}  # fmt: skip
+SHARED: dict[str, dict[str, Any]] = {  # queries and keys
+    "lsh": LSH,
+    "lsh, both ways, duplicates once": {**LSH, "look_ahead": 1, "correct_duplicates": True},
+    "lsh, causal, window": {**LSH, "is_causal": True, "local_window": 4},
+    "lsh, own bucket only": {**LSH, "across_buckets": False},
+    "lsh, dense up to 30": {**LSH, "dense_threshold": 30},
 }
 CAUSAL: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "is_causal": True},
@@ -50,9 +62,12 @@ def packed_inputs(lengths: list[int], key_lengths: list[int], seed: int = 0) -> 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: list[int], **knobs: Any) -> Tensor:
     outs = [q[:0]]
-    for own_q, own_k, own_v in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
+    for own in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
+        own_q, own_k, _ = own
         if len(own_q) and len(own_k):
-            x = (y.transpose(0, 1).unsqueeze(0) for y in (own_q, own_k, own_v))
+            x = [y.transpose(0, 1).unsqueeze(0) for y in own]
+            if k is q:
+                x[1] = x[0]
             outs.append(attend(*x, **knobs).squeeze(0).transpose(0, 1))
         else:
             outs.append(torch.zeros_like(own_q))
@@ -61,6 +76,8 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths:
 
 def check(lengths: list[int], key_lengths: list[int] | None, call: dict[str, Any]) -> None:
     x = packed_inputs(lengths, key_lengths or lengths)
+    if call["method"] == "lsh":
+        x[1] = x[0]
     of_k = None if key_lengths is None else cu_seqlens(key_lengths)
     # clustering draws its first centroids: from the same seed here as there
     of_call = {"generator": torch.Generator().manual_seed(3)} if "planes" in call else {}
@@ -90,6 +107,11 @@ def test_cross_attention_is_that_of_each_pair(call: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("call", CAUSAL.values(), ids=CAUSAL.keys())
 def test_causal_attention_is_that_of_each_sequence(call: dict[str, Any]) -> None:
+    check(LENGTHS, None, call)
+
+
+@pytest.mark.parametrize("call", SHARED.values(), ids=SHARED.keys())
+def test_attention_with_shared_queries_and_keys_is_that_of_each_sequence(call: dict[str, Any]) -> None:
     check(LENGTHS, None, call)
 
 
@@ -127,6 +149,26 @@ def test_sequences_share_the_draws_and_a_generator_fixes_them() -> None:
     assert torch.equal(out(0)[:30], out(0)[37:]) and torch.equal(out(0), out(0)) and not torch.equal(out(0), out(1))
 
 
+@needs_compiler
+@pytest.mark.parametrize("rotations", [None, LSH["rotations"]], ids=["drawn", "given"])
+def test_lsh_gives_a_sequence_the_same_bits_in_any_company(rotations: Tensor | None) -> None:
+    """Alone in its group, or beside others; and where rotations are given, in a batch of its own."""
+    lengths = [30, 33, 7, 29, 64]
+    q, _, v = packed_inputs(lengths, lengths)
+    call: dict[str, Any] = {**LSH, "rotations": rotations, "is_causal": True, "impl": "triton"}
+
+    def out(keep: list[int]) -> list[Tensor]:
+        own_q, own_v = (torch.cat([x.split(lengths)[i] for i in keep]) for x in (q, v))
+        kept, generator = [lengths[i] for i in keep], torch.Generator().manual_seed(0)
+        return list(attend(own_q, own_q, own_v, cu_seqlens=cu_seqlens(kept), generator=generator, **call).split(kept))
+
+    for i, (together, alone) in enumerate(zip(out([0, 1, 2, 3, 4]), [out([i])[0] for i in range(5)], strict=True)):
+        assert torch.equal(together, alone)
+        if rotations is not None:
+            x, y = (z.split(lengths)[i].transpose(0, 1).unsqueeze(0) for z in (q, v))
+            assert torch.equal(attend(x, x, y, **call).squeeze(0).transpose(0, 1), alone)
+
+
 def test_dropout_differs_from_sequence_to_sequence() -> None:
     lengths = [30, 7, 30, 12, 7]
     parts = [packed_inputs([n], [n], seed=n) for n in lengths]
@@ -155,7 +197,7 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "^local_window needs as many keys", {"cu_seqlens_k": cu_seqlens([4, 3]), "local_window": 2}),
     (ValueError, "^key_mask can't be given", {"key_mask": torch.ones(2, 4, dtype=torch.bool)}),
     (ValueError, "^return_lse can't be given", {"return_lse": True}),
-    (ValueError, "^method 'lsh' has no packed form", {"method": "lsh"}),
+    (ValueError, "^k must be q itself with method='lsh'", {"method": "lsh"}),
     (ValueError, "^unknown knob 'topk'", {"topk": 3}),
     (ValueError, "^q_cluster_size", {"q_cluster_size": 0}),
     (TypeError, "^k_cluster_size", {"k_cluster_size": 2.0}),
@@ -166,6 +208,23 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_bad_input_is_named(error: type[Exception], words: str, change: dict[str, Any]) -> None:
     with pytest.raises(error, match=words):
         attend(*packed_inputs([7], [7]), **(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "change"),
+    [
+        (ValueError, "^cu_seqlens_k must be None with method='lsh'", {"cu_seqlens_k": cu_seqlens([3, 4])}),
+        (ValueError, "^padding must be 'last' .* got 'hashed'", {"padding": "hashed"}),
+        (ValueError, "^buckets can't be given", {"buckets": torch.zeros(1, HEADS, 3, 7, dtype=torch.int32)}),
+        (ValueError, "^bucket_size must be at least 1", {"bucket_size": 0}),
+        (TypeError, "^dense_threshold must be an int", {"dense_threshold": 8.0}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_input_of_lsh_is_named(error: type[Exception], words: str, change: dict[str, Any]) -> None:
+    q, _, v = packed_inputs([7], [7])
+    with pytest.raises(error, match=words):
+        attend(q, q, v, **(GOOD | {"method": "lsh"} | change))
 
 
 def test_tensors_of_another_rank_are_named() -> None:

@@ -15,6 +15,7 @@ from fastattn.methods import reformer
 from fastattn.ops.hash_argmax import hash_argmax
 from fastattn.reference import reformer as definition
 from tests.accuracy import assert_as_accurate
+from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, needs_compiler
 
@@ -69,17 +70,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# those that are run by the kernels too: each has builds of its own, and the kernels have tests of their own
+# those that are run by the kernels too, as (case, masked): each has builds of its own, and the kernels have tests of
+# their own
 FUSED = [
-    "N75 causal", "N75 look both ways", "N75, own bucket only, duplicates once",
-    "N75 causal, window of 10, duplicates once", "N40, dense", "H4-Hkv2, causal",
+    ("N75 causal", False), ("N75 causal", True), ("N75 look both ways", True), ("N40, dense", True),
+    ("N75, own bucket only, duplicates once", True), ("N75 causal, window of 10, duplicates once", True),
+    ("H4-Hkv2, causal", True),
 ]  # fmt: skip
-RUNS = [pytest.param(*case, "reference", id=f"{name}-reference") for name, case in CASES.items()]
-RUNS += [pytest.param(*CASES[name], "triton", id=f"{name}-triton", marks=needs_compiler) for name in FUSED]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "key mask"])
-@pytest.mark.parametrize(("shape", "knobs", "impl"), RUNS)
+def run_of(name: str, masked: bool, impl: str, **more: Any) -> Any:
+    return pytest.param(*CASES[name], masked, impl, id=f"{name}, {'key mask' if masked else 'no mask'}-{impl}", **more)
+
+
+RUNS = [run_of(name, masked, "reference") for name in CASES for masked in (False, True)]
+RUNS += [run_of(name, masked, "triton", marks=needs_compiler) for name, masked in FUSED]
+
+
+@pytest.mark.parametrize(("shape", "knobs", "masked", "impl"), RUNS)
 def test_is_its_definition(shape: dict[str, Any], knobs: dict[str, Any], masked: bool, impl: str) -> None:
     x = leaves(*inputs(**shape))
     g = torch.Generator().manual_seed(2)
@@ -175,6 +183,16 @@ def test_an_example_without_rows_gives_zero(impl: str) -> None:
         out = lsh_attention(*x, rotations=draws(), key_mask=mask, dense_threshold=threshold, impl=impl, **KNOBS)
         every = with_gradients(out, x, torch.ones_like(out))
         assert all(torch.isfinite(y).all() and not y[1].any() and y[0].any() for y in every)
+
+
+@pytest.mark.parametrize("knobs", [{"local_window": 3}, {"across_buckets": False, "dense_threshold": 8}], ids=str)
+def test_a_short_example_is_dense_beside_longer_ones_too(knobs: dict[str, Any]) -> None:
+    qk, v = inputs(n=40)
+    mask = torch.stack([torch.arange(40) % 5 == 1, torch.ones(40, dtype=torch.bool)])
+    out = lsh_attention(qk, v, n_hashes=3, bucket_size=8, rotations=draws(), key_mask=mask, impl="reference", **knobs)
+    dense = definition.shared_qk_attention(qk, v, key_mask=mask)
+    torch.testing.assert_close(out[0], dense[0], rtol=0, atol=2e-6)
+    assert (out[1] - dense[1]).abs().max() > 0.1
 
 
 class TestBuckets:
@@ -276,7 +294,7 @@ class TestInTorch:
     @pytest.mark.parametrize("impl", IMPLS)
     def test_autocast_casts_as_sdpa_does(self, impl: str) -> None:
         x = leaves(*inputs())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             out = lsh_attention(*x, rotations=draws(), impl=impl, **KNOBS)
         assert out.dtype == torch.bfloat16
         expected = lsh_attention(*(y.bfloat16() for y in x), rotations=draws(), impl=impl, **KNOBS)

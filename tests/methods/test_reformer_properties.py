@@ -87,21 +87,35 @@ def test_what_masked_rows_hold_has_no_effect_on_any_bit(
         assert torch.isfinite(tensor).all() and not tensor[~mask.unsqueeze(1).expand(-1, 2, -1)].any()
 
 
-@check
-@given(n=lengths, is_causal=booleans, wrap=booleans, window=st.sampled_from([0, 5]), size=sizes, seed=seeds)
-def test_padding_is_ignored(n: int, is_causal: bool, wrap: bool, window: int, size: int, seed: int) -> None:
-    """To rounding, wherever it stands; with wrap, as long as it adds no block, to which a first block would look."""
-    most = -n % size if wrap else 40
-    total = n + seed % (most + 1)
-    places = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].sort().values
-    x = normal(seed, *[(1, 2, n, D)] * 2)
-    padded = [y.index_copy(2, places, z) for y, z in zip(normal(seed + 1, *[(1, 2, total, D)] * 2), x, strict=True)]
-    mask = torch.zeros(1, total, dtype=torch.bool).index_fill(1, places, True)
-    knobs = knobs_for(seed, size, is_causal=is_causal, wrap=wrap, local_window=window, dense_threshold=0)
-    out = lsh_attention(*x, impl="reference", **knobs)
-    long = lsh_attention(*padded, key_mask=mask, impl="reference", **knobs)
-    torch.testing.assert_close(long[:, :, places], out, rtol=0, atol=2e-6)
-    assert not long[:, :, ~mask[0]].any()
+KNOBS = {
+    "is_causal": booleans, "look_back": st.integers(0, 3), "look_ahead": st.integers(0, 2), "wrap": booleans,
+    "correct_duplicates": booleans, "across_buckets": booleans, "local_window": st.sampled_from([0, 5]),
+    "dense_threshold": st.sampled_from([None, 0, 3]), "n_hashes": st.integers(1, ROUNDS),
+}  # fmt: skip
+
+
+@settings(check, max_examples=16)
+@given(
+    ns=st.tuples(lengths, lengths), more=st.integers(0, 40), size=sizes, knobs=st.fixed_dictionaries(KNOBS), seed=seeds
+)
+def test_padding_is_ignored(ns: tuple[int, int], more: int, size: int, knobs: dict[str, Any], seed: int) -> None:
+    """To rounding, wherever it stands and whatever stands beside it, forward and backward: each example of a batch has
+    what its rows have without the others."""
+    total = max(ns) + more
+    x = [y.requires_grad_() for y in normal(seed, *[(2, 2, total, D)] * 2)]
+    dout, draw = normal(seed + 1, (2, 2, total, D), (2, total))
+    places = [row.argsort()[:n].sort().values for row, n in zip(draw, ns, strict=True)]
+    mask = torch.stack([torch.zeros(total, dtype=torch.bool).index_fill(0, own, True) for own in places])
+    knobs |= {"bucket_size": size, "rotations": normal(seed + 2, (1, D, knobs["n_hashes"], 4))[0], "impl": "reference"}
+    out = lsh_attention(*x, key_mask=mask, **knobs)
+    long = [out, *torch.autograd.grad(out, x, dout)]
+    for b, own in enumerate(places):
+        y = [z[b : b + 1, :, own].detach().requires_grad_() for z in x]
+        alone = lsh_attention(*y, **knobs)
+        wanted = [alone, *torch.autograd.grad(alone, y, dout[b : b + 1, :, own])]
+        for name, padded, exact in zip(("out", "dqk", "dv"), long, wanted, strict=True):
+            torch.testing.assert_close(padded[b : b + 1, :, own], exact, rtol=0, atol=2e-5, msg=name)
+    assert not any(z.transpose(1, 2)[~mask].any() for z in long)
 
 
 @check

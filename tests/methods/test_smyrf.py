@@ -15,6 +15,7 @@ from fastattn.methods import smyrf_routing
 from fastattn.ops.block_attention import block_attention
 from fastattn.reference import smyrf as definition
 from tests.accuracy import assert_as_accurate, original
+from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves
 
@@ -255,7 +256,7 @@ class TestInTorch:
     @pytest.mark.filterwarnings("ignore:fastattn runs block attention by its PyTorch definition")
     def test_autocast_casts_as_sdpa_does(self) -> None:
         x = leaves(*inputs())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             out = smyrf_attention(*x, projections=draws(), **KNOBS)
         assert out.dtype == torch.bfloat16
         expected = smyrf_attention(*each(Tensor.bfloat16, x), projections=draws(), **KNOBS)

@@ -58,6 +58,12 @@ def partition(shape: tuple[int, ...], length: int, generator: torch.Generator) -
     return index.masked_fill(index >= length, -1).int()
 
 
+def cut_after(index: Tensor, n_used_blocks: Tensor) -> Tensor:
+    """``index`` with -1 in all blocks but the first n_used_blocks[b] of each example's rounds."""
+    is_used = torch.arange(index.shape[3]) < n_used_blocks.unsqueeze(-1)  # [B, nb]
+    return index.masked_fill(~is_used[:, None, None, :, None], -1)
+
+
 def gradients(out: Tensor, inputs: Three, dout: Tensor) -> Three:
     dq, dk, dv = torch.autograd.grad(out, inputs, dout.to(out.dtype))
     return dq, dk, dv

@@ -57,6 +57,10 @@ BAD: list[Bad] = [
     ("local_index", ValueError, "blocks", lambda a: (local(a), local(a)[:, :, :, :2])),
     (r"local_index[0]", ValueError, "rounds", lambda a: (a["q_index"], local(a))),
     (r"local_index[1]", TypeError, "int64", lambda a: (local(a), local(a).long())),
+    ("n_used_blocks", TypeError, "a number", lambda a: 2),
+    ("n_used_blocks", TypeError, "int64", lambda a: torch.tensor([1, 2])),
+    ("n_used_blocks", ValueError, "batch", lambda a: torch.tensor([1, 2, 3], dtype=torch.int32)),
+    ("n_used_blocks", ValueError, "wrong device", lambda a: torch.empty(2, dtype=torch.int32, device="meta")),
     ("correct_duplicates", TypeError, "not a bool", lambda a: 1),
     ("dropout_p", TypeError, "not a number", lambda a: "0.1"),
     ("dropout_p", ValueError, "negative", lambda a: -0.1),
@@ -90,12 +94,15 @@ def test_an_own_key_needs_as_many_keys_as_queries(self_mode: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "its neighbours masked"])
+@pytest.mark.parametrize("value", [12, -2])
 @pytest.mark.parametrize("side", [0, 1])
-def test_rows_out_of_range_are_refused_before_anything_is_made_of_them(side: int, impl: str | None) -> None:
-    args = good()
-    del args["key_mask"]
+def test_rows_out_of_range_are_refused_before_anything_is_made_of_them(
+    side: int, value: int, masked: bool, impl: str | None
+) -> None:
+    args = good() | {"key_mask": torch.arange(12).expand(2, -1) % 11 > 0} if masked else good()
     bad = args["q_index"].clone()
-    bad[0, 0, 0, 0, 0] = 12
+    bad[0, 0, 0, 0, 0] = value
     name = ("q_index", "k_index")[side]
     with pytest.raises(ValueError, match=f"^{name} must hold"):
         block_attention(**args | {name: bad}, correct_duplicates=True, impl=impl)

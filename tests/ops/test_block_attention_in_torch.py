@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.block_attention import block_attention
+from tests.device import device_type
 from tests.ops.cases import Case, each, gradients, leaves
 
 CASE = Case(options={"look_back": 1})
@@ -36,6 +38,7 @@ def every_option(case: Case) -> dict[str, Any]:
     tensors = {"q_bucket": q_bucket, "k_bucket": k_bucket, "seed": torch.tensor(7)}
     local = Case(rounds=1, n_blocks=6, c_q=8, c_k=8).indices(4)
     tensors |= {"local_index_q": local[0], "local_index_k": local[1], "key_mask": torch.arange(48).unsqueeze(0) % 5 > 0}
+    tensors["n_used_blocks"] = torch.tensor([3], dtype=torch.int32)
     return {**flags, **tensors}
 
 
@@ -93,6 +96,20 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
             assert torch.equal(gradient, exact)
 
 
+def test_compiles_with_a_scale_that_changes_from_call_to_call() -> None:
+    q, k, v = CASE.inputs()
+    q_index, k_index = CASE.indices()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return block_attention(q, k, v, q_index, k_index, look_back=1, scale=scale)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for scale in (0.3, 0.7):
+        assert torch.equal(compiled(q, k, v, scale), attend(q, k, v, scale))
+    with pytest.raises(ValueError, match=r"^scale must be finite, got nan"):
+        attend(q, k, v, math.nan)
+
+
 def test_compiled_call_refuses_rows_out_of_range() -> None:
     compiled = torch.compile(
         lambda q, k, v, *index: block_attention(q, k, v, *index)[0], fullgraph=True, backend="aot_eager"
@@ -119,7 +136,7 @@ def test_exports_as_one_node() -> None:
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_autocast_casts_as_sdpa_does(impl: str | None) -> None:
     inputs = leaves(*CASE.inputs())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         out, lse = block_attention(*inputs, *CASE.indices(), impl=impl)
         sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs)
         actual = gradients(out, inputs, torch.ones_like(out))

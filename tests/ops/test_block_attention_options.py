@@ -17,7 +17,7 @@ from fastattn.ops import block_attention as op
 from fastattn.ops.block_attention import block_attention
 from fastattn.reference import block_attention as reference
 from tests.accuracy import assert_as_accurate
-from tests.ops.cases import IMPLS, Case, gradients, leaves, needs_compiler
+from tests.ops.cases import IMPLS, Case, cut_after, gradients, leaves, needs_compiler
 
 # each combination of head dims, tiles and boolean options is a build of its own, so that tests share them
 LONG = Case(
@@ -37,6 +37,9 @@ CASES = {
         "correct_duplicates": True, "bucket": True, "look_ahead": 1, "wrap": False,
     },
     "dropout, look back": {"dropout_p": 0.4, "seed": 2**62 + 3, "look_back": 1},
+    "some blocks used, look both ways": {"used": [2, 1], "look_back": 1, "look_ahead": 2},
+    "some blocks used, last resort, causal, look back, duplicates, buckets, local": REFORMER
+    | {"used": [2, 1], "look_back": 3, "bucket": True, "local": True},
 }  # fmt: skip
 
 
@@ -50,6 +53,8 @@ def options_of(case: Case, options: dict[str, Any]) -> dict[str, Any]:
         shape = (case.batch, case.heads, case.rounds)
         for name, length in (("q_bucket", case.n_queries), ("k_bucket", case.n_keys)):
             options[name] = torch.randint(2, (*shape, length), generator=g, dtype=torch.int32)
+    if "used" in options:
+        options["n_used_blocks"] = torch.tensor(options.pop("used"), dtype=torch.int32)
     if options.pop("key_mask", False):
         options["key_mask"] = torch.arange(case.n_keys).expand(case.batch, -1) % 5 != 0
     return options
@@ -57,8 +62,14 @@ def options_of(case: Case, options: dict[str, Any]) -> dict[str, Any]:
 
 def solve(attend: Any, dtype: torch.dtype, options: dict[str, Any], dout: Tensor, case: Case = LONG) -> list[Tensor]:
     """(out, lse, dq, dk, dv) on inputs that were made in dout's dtype."""
-    inputs = leaves(*(x.to(dtype) for x in case.inputs(dout.dtype)))
-    out, lse = attend(*inputs, *case.indices(), **options_of(case, options))
+    inputs, indices, options = (
+        leaves(*(x.to(dtype) for x in case.inputs(dout.dtype))),
+        case.indices(),
+        options_of(case, options),
+    )
+    if "n_used_blocks" in options:
+        indices = [cut_after(index, options["n_used_blocks"]) for index in indices]
+    out, lse = attend(*inputs, *indices, **options)
     return [out.detach(), lse.detach(), *gradients(out, inputs, dout)]
 
 
@@ -196,6 +207,38 @@ class TestCorrectedDuplicates:
         plain = block_attention(*case.inputs(), *case.indices(), impl=impl)
         corrected = block_attention(*case.inputs(), *case.indices(), correct_duplicates=True, impl=impl)
         assert all(torch.equal(a, b) for a, b in zip(plain, corrected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+class TestUsedBlocks:
+    CASE = replace(LONG, batch=1, heads=1, kv_heads=1, n_queries=26, n_keys=26, rounds=2, n_blocks=2, c_q=13, c_k=13)
+
+    def padded(self, n_more: int) -> tuple[Tensor, Tensor]:
+        q_index, k_index = (torch.nn.functional.pad(x, (0, 0, 0, n_more), value=-1) for x in self.CASE.indices())
+        return q_index, k_index
+
+    def test_are_all_there_is(self, impl: str) -> None:
+        """To the last bit, however many others there are, forward and backward."""
+        options: dict[str, Any] = {"look_back": 1, "look_ahead": 2}
+        used = torch.tensor([2], dtype=torch.int32)
+        results = []
+        for n_more in (0, 1, 5):
+            inputs = leaves(*self.CASE.inputs())
+            out, lse = block_attention(*inputs, *self.padded(n_more), n_used_blocks=used, impl=impl, **options)
+            results.append((out, lse, *gradients(out, inputs, torch.ones_like(out))))
+        plain, ignorant = (
+            reference.block_attention(*self.CASE.inputs(), *self.padded(n_more), **options)[0] for n_more in (0, 1)
+        )
+        torch.testing.assert_close(results[0][0], plain, rtol=1e-6, atol=1e-6)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        assert (ignorant - plain).abs().max() > 0.1
+
+    @pytest.mark.parametrize("number", [0, 4, -1])
+    def test_are_some_of_those_that_are(self, number: int, impl: str) -> None:
+        used = torch.tensor([number], dtype=torch.int32)
+        with pytest.raises(ValueError, match=r"^n_used_blocks must hold numbers from 1 to 3, got values from"):
+            block_attention(*self.CASE.inputs(), *self.padded(1), n_used_blocks=used, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

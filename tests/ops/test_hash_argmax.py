@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastattn.ops.hash_argmax import hash_argmax
 from tests.accuracy import original
 from tests.bad_input import Bad, Change, each_of
+from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, needs_compiler
 
@@ -150,7 +151,7 @@ def test_torchs_matmul_precision_and_autocast_do_not_matter() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             for impl in (None, "reference"):
                 assert torch.equal(hash_argmax(x, rotations, 8, impl=impl), expected)
     finally:

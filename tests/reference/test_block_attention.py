@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.reference.block_attention import block_attention, block_attention_backward
 from fastattn.reference.dropout import kept
-from tests.ops.cases import Case, Three, leaves
+from tests.ops.cases import Case, Three, cut_after, leaves
 
 SMALL: dict[str, Any] = {
     "heads": 2,
@@ -41,6 +41,9 @@ OPTIONS = [
     pytest.param({"local": True}, id="local round"),
     pytest.param({"local": True, "correct_duplicates": True, "look_ahead": 1}, id="duplicates with a local round"),
     pytest.param({"dropout_p": 0.4, "seed": 2**33 + 1, "look_back": 1}, id="dropout"),
+    pytest.param({"used": True, "look_back": 1}, id="some blocks used"),
+    pytest.param({"used": True, "look_back": 1, "look_ahead": 1, "wrap": False}, id="some blocks used, no wrap"),
+    pytest.param({"used": True, "look_back": 4, "look_ahead": 3, "correct_duplicates": True}, id="used ones twice"),
 ]
 REFORMER = {"self_mode": "last_resort", "is_causal": True, "look_back": 1, "key_mask": True}
 SMYRF = {"self_mode": "once", "is_causal": True, "key_mask": True}
@@ -49,26 +52,32 @@ OWN_KEY = [  # as many queries as keys
     pytest.param(REFORMER | {"is_causal": False, "bucket": True}, id="last resort within buckets"),
     pytest.param(REFORMER | {"bucket": True, "local": True, "correct_duplicates": True}, id="all that Reformer has"),
     pytest.param(REFORMER | {"dropout_p": 0.4}, id="last resort with dropout"),
+    pytest.param(REFORMER | {"used": True, "bucket": True, "correct_duplicates": True}, id="some of Reformer's blocks"),
     pytest.param(SMYRF, id="once, causal"),
     pytest.param(SMYRF | {"local": True, "correct_duplicates": True, "dropout_p": 0.4}, id="all that SMYRF has"),
 ]
 
 
-def small(n_keys: int = 11) -> tuple[Three, tuple[Tensor, Tensor]]:
-    case = Case(**SMALL | {"n_keys": n_keys})
+def small(n_keys: int = 11, batch: int = 1) -> tuple[Three, tuple[Tensor, Tensor]]:
+    case = Case(**SMALL | {"n_keys": n_keys, "batch": batch})
     return leaves(*case.inputs(torch.float64)), case.indices()
 
 
 def made(options: dict[str, Any], n_keys: int) -> dict[str, Any]:
     """The options with the tensors that they name."""
     options = dict(options)
+    batch = 1
+    if options.pop("used", False):
+        batch, options["n_used_blocks"] = 3, torch.tensor([2, 3, 1], dtype=torch.int32)
     if options.pop("local", False):
         options["local_index"] = Case(**SMALL | {"n_keys": n_keys, "rounds": 1, "n_blocks": 4, "c_q": 2}).indices(4)
     if options.pop("bucket", False):
         g = torch.Generator().manual_seed(5)
-        options |= {f"{x}_bucket": torch.randint(2, (1, 2, 2, n), generator=g) for x, n in (("q", 9), ("k", n_keys))}
+        options |= {
+            f"{x}_bucket": torch.randint(2, (batch, 2, 2, n), generator=g) for x, n in (("q", 9), ("k", n_keys))
+        }
     if "key_mask" in options:
-        options["key_mask"] = torch.arange(n_keys).unsqueeze(0) % 4 != 1
+        options["key_mask"] = torch.arange(n_keys).expand(batch, -1) % 4 != 1
     return options
 
 
@@ -77,23 +86,24 @@ def by_loops(
     wrap: bool = True, key_mask: Tensor | None = None, is_causal: bool = False, self_mode: str = "attend",
     q_bucket: Tensor | None = None, k_bucket: Tensor | None = None, local_index: tuple[Tensor, Tensor] | None = None,
     correct_duplicates: bool = False, scale: float | None = None, dropout_p: float = 0.0, seed: int = 0,
+    n_used_blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Lists the keys that each row meets, one by one, and takes one softmax over the list."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     batch, heads, n_rounds, n_blocks, _ = q_index.shape
-    total = n_rounds * n_blocks
     rows, lses = [], []
     for b, h in itertools.product(range(batch), range(heads)):
         met: dict[int, list[tuple[int, int]]] = {}  # of a row: (key, round)
-        for r, c in itertools.product(range(n_rounds), range(n_blocks)):
+        n_used = n_blocks if n_used_blocks is None else int(n_used_blocks[b])
+        for r, c in itertools.product(range(n_rounds), range(n_used)):
             for i in q_index[b, h, r, c].tolist():
                 if i < 0:
                     continue
                 met.setdefault(i, [])
                 for other in range(c - look_back, c + look_ahead + 1):
-                    if not wrap and not 0 <= other < n_blocks:
+                    if not wrap and not 0 <= other < n_used:
                         continue
-                    k_round, block = divmod((r * n_blocks + other) % total, n_blocks)
+                    k_round, block = divmod((r * n_used + other) % (n_rounds * n_used), n_used)
                     keys = k_index[b, h, k_round, block].tolist()
                     if q_bucket is not None and k_bucket is not None:
                         mine = q_bucket[b, h, r, i]
@@ -137,8 +147,11 @@ def weight(p: float, seed: int, head: int, round_id: int, i: int, j: int) -> flo
 
 def check_against_loops(options: dict[str, Any], n_keys: int) -> None:
     """Values by plain loops, and gradients of both, also as written out from (out, lse)."""
-    inputs, indices = small(n_keys)
     options = made(options, n_keys)
+    used = options.get("n_used_blocks")
+    inputs, indices = small(n_keys, 1 if used is None else len(used))
+    if used is not None:
+        indices = cut_after(indices[0], used), cut_after(indices[1], used)
     out, lse = block_attention(*inputs, *indices, **options)
     expected, expected_lse = by_loops(*inputs, *indices, **options)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.kernels.block_attention import Pattern, block_numbers, launches_of
 from fastattn.kernels.config import Config
 from fastattn.kernels.launch import Launch
-from tests.ops.cases import Case
+from tests.ops.cases import Case, cut_after
 from tests.sanitize.views import spread
 
 # 17 and 19 rows a block make a whole tile of 16 and a nearly empty one; 47 and 53 rows leave places empty
@@ -18,15 +18,22 @@ ODD = Case(heads=4, kv_heads=2, n_queries=47, n_keys=53, head_dim=40, value_dim=
 EVEN = Case(batch=2, heads=2, kv_heads=1, n_queries=31, n_keys=29, value_dim=1, rounds=3, n_blocks=2, c_k=15)
 
 
-def _launches(kernel: str, dtype: torch.dtype, shape: Case, pattern: Pattern, is_strided: bool) -> list[Launch]:
-    """All rounds of one pass."""
+def _launches(
+    kernel: str, dtype: torch.dtype, shape: Case, pattern: Pattern, is_strided: bool, used: list[int] | None = None
+) -> list[Launch]:
+    """All rounds of one pass. used: how many blocks of a round each example uses."""
     q, k, v = (spread(x) if is_strided else x for x in shape.inputs(dtype))
     q_index, k_index = shape.indices()
+    if used is not None:
+        n_used_blocks = torch.tensor(used, dtype=torch.int32)
+        q_index, k_index = cut_after(q_index, n_used_blocks), cut_after(k_index, n_used_blocks)
     tensors = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index}
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
 
+    if used is not None:
+        tensors["n_used_blocks"] = n_used_blocks
     rows = q.shape[:2]  # gradients of the keys stand apart for each query head
     tensors |= _tensors_of_options(shape, pattern, q_index, k_index)
     tensors["lse"] = 2 + random(*q.shape[:3])
@@ -62,7 +69,9 @@ REFORMER = Pattern(
 
 CASES = {
     f"block_attention_{part}": {
-        "odd-strided-wrap-later": lambda kernel, dtype: _launches(kernel, dtype, ODD, Pattern(1, 1), True)[-1:],
+        "odd-strided-wrap-some-used-later": lambda kernel, dtype: _launches(
+            kernel, dtype, ODD, Pattern(1, 1), True, [2]
+        )[-1:],
         "even-causal-cut-all": lambda kernel, dtype: _launches(
             kernel, dtype, EVEN, Pattern(1, 0, wrap=False, is_causal=True, exclude_self=True), False
         ),
