@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .block_pairs import kept_pairs
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import SCORE_OPS, TIGHT, Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .tiles import head_of, load_rows, store_rows
 
@@ -223,29 +224,65 @@ KERNELS = {
 
 def cost(
     kernel: str, *, batch: int, heads: int, n_queries: int, n_keys: int, top_k: int,
-    head_dim: int, value_dim: int, element_size: int = 4,
+    head_dim: int, value_dim: int, element_size: int = 4, config: Config | None = None,
 ) -> Cost:  # fmt: skip
     """Work of one call of ``kernel`` (a key of :data:`TUNING`)."""
-    rows = batch * heads
-    pairs, dims = rows * n_queries * n_keys, head_dim + value_dim
-    read = rows * n_keys * dims * element_size
-    if kernel == "centroid_attention_forward":
-        return Cost(2 * pairs * dims, read + pairs * 4 / GROUP.value, pairs)
+    if kernel not in TUNING:
+        raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+    rows, blocks = batch * heads, dict(config.blocks) if config else {}
     if kernel == "centroid_attention_candidates":
-        logits = rows * n_queries * min(top_k * GROUP.value, n_keys)
-        return Cost(2 * logits * head_dim, logits * (head_dim * element_size + 4), 0)
-    if kernel == "centroid_attention_backward_dq":
-        return Cost(2 * pairs * (2 * head_dim + value_dim), read, pairs)
-    if kernel == "centroid_attention_backward_dkv":
-        return Cost(4 * pairs * dims, 2 * read, pairs)
-    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+        chosen = min(top_k, cdiv(n_keys, GROUP.value)) * GROUP.value
+        own = rows * n_queries * chosen * (head_dim * element_size + 4)
+        work = Cost(2 * rows * n_queries * chosen * head_dim, own, 0, rate="float32")
+        if not blocks:
+            return work
+        steps = rows * n_queries * cdiv(chosen, blocks["BLOCK_N"])
+        size = blocks["BLOCK_N"] * padded(head_dim)
+        return replace(
+            work, tile_flops=2 * steps * size, pointwise=steps * size, steps=steps, held=4 * size, loaded=own
+        )  # fmt: skip
+    pairs, dims = rows * n_queries * n_keys, head_dim + value_dim
+    is_dkv, n_parts = kernel.endswith("dkv"), 1 if kernel.endswith("dkv") else cdiv(n_keys, PART)
+    # bytes of a query in each part, and of a key
+    of_q, of_k = head_dim * element_size, dims * element_size
+    if kernel == "centroid_attention_forward":
+        of_q += 4 * value_dim + 4 + cdiv(n_keys, GROUP.value) * 4 / n_parts
+        flops = 2 * pairs * dims
+    elif not is_dkv:
+        of_q += value_dim * element_size + 8 + 4 * head_dim
+        flops = 2 * pairs * (2 * head_dim + value_dim)
+    else:
+        of_q += value_dim * element_size + 8
+        of_k *= 2
+        flops = 4 * pairs * dims
+    work = Cost(flops, rows * (n_queries * n_parts * of_q + n_keys * of_k), pairs)
+    if not blocks:
+        return work
+    m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+    d, dv = padded(head_dim), padded(value_dim)
+    part = n_keys if is_dkv else PART
+    m_tiles, n_tiles = cdiv(n_queries, m), n_keys // part * cdiv(part, n) + cdiv(n_keys % part, n)
+    steps = rows * m_tiles * n_tiles
+    score, weights = (m, n, d), (m, n, dv)
+    if kernel == "centroid_attention_forward":
+        shapes, pointwise = (score, (m, dv, n)), (SCORE_OPS + 1) * m * n + m * dv
+    elif not is_dkv:
+        shapes, pointwise = (score, weights, (m, d, n)), SCORE_OPS * m * n
+    else:
+        shapes, pointwise = (score, weights, (n, d, m), (n, dv, m)), SCORE_OPS * m * n
+    again_q, again_k = (n_tiles, 1) if is_dkv else (n_parts, m_tiles)
+    return replace(
+        work, **products(steps, *shapes), tile_exps=steps * m * n, pointwise=steps * pointwise, steps=steps,
+        held=4 * m * n * (1 if kernel.endswith("forward") else 2),  # the scores, and their gradients
+        loaded=rows * (n_queries * of_q * again_q + n_keys * of_k * again_k),
+    )  # fmt: skip
 
 
 def heuristic(kernel: str, device_type: str, n_queries: int, head_dim: int, element_size: int = 4) -> Config:
     """The configuration where nothing was tuned: the largest tiles that registers (or the cache) hold.
 
-    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. On a GPU these are the largest tiles whose binaries spill nothing,
-    on sm_80, sm_90, sm_100 and gfx942; fp32 with head dims above 128 spills on NVIDIA whatever the tiles are.
+    device_type: as in block attention's. On a GPU these are the largest tiles whose binaries spill nothing, on sm_80 to
+    sm_120 and gfx942; fp32 with head dims above 128 spills on NVIDIA whatever the tiles are.
     """
     if kernel == "centroid_attention_candidates":
         return Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)
@@ -253,14 +290,17 @@ def heuristic(kernel: str, device_type: str, n_queries: int, head_dim: int, elem
     warps, stages = 4, 2
     if device_type == "cpu":
         most = (128, 128) if head_dim <= 64 else (64, 64)
-    elif device_type == "hip":
+        if is_dkv:
+            most = 16, most[1]  # 128 queries at a time took 1.15 times as long
+    elif device_type.startswith("hip"):
         most, stages = ((64, 64) if element_size * head_dim <= 256 else (32, 32) if head_dim <= 128 else (16, 16)), 1
     elif element_size > 2:
         # exact fp32 dots run on the plain ALUs, with their operands in registers
         most = ((16, 32) if is_dkv else (32, 16)) if head_dim <= 64 else (16, 16)
         warps, stages = (8, 1) if head_dim > 64 and "backward" in kernel else (4, 2)
     elif head_dim <= 128:
-        most, warps = (32 if is_dkv else 64, 64), 4 if head_dim <= 64 else 8
+        is_large = head_dim > 64 or (kernel.endswith("dq") and device_type in TIGHT)
+        most, warps = (32 if is_dkv else 64, 64), 8 if is_large else 4
     else:
         most, warps, stages = (32, 32), 8 if is_dkv else 4, 1
     return Config(
@@ -315,7 +355,9 @@ def _runner(
 
         def launches() -> Iterator[Launch]:
             for kernel in kernels:
-                config = lookup(kernel, q.device, q.dtype, shape, flags) if lookup else None
+                # the logits that are looked at once more know no dropout
+                options = {**flags, "HAS_DROPOUT": dropout_p > 0 and kernel != "centroid_attention_candidates"}
+                config = lookup(kernel, q.device, q.dtype, shape, options) if lookup else None
                 yield launch_of(kernel, tensors, flags, scale, dropout_p, config)
 
         key = (kernels, scale, dropout_p, *flags.items(), torch.get_float32_matmul_precision(), stamp)

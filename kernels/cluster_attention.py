@@ -8,13 +8,14 @@ added up in their order, so that the same rows give the same bits.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
 from .launch import Launch, Lookup, device_kind, run_planned, unit_stride
 from .tiles import head_of, load_rows, store_rows
 
@@ -96,17 +97,48 @@ TUNING: dict[str, TuningSpace] = {
 KERNELS = {"cluster_attention_sums": sums_kernel, "cluster_attention_broadcast": broadcast_kernel}
 
 
-def cost(kernel: str, *, batch: int, heads: int, length: int, n_clusters: int, dim: int, element_size: int = 4) -> Cost:
+def cost(
+    kernel: str, *, batch: int, heads: int, length: int, n_clusters: int, dim: int, element_size: int = 4,
+    config: Config | None = None,
+) -> Cost:  # fmt: skip
     """Work of one launch of ``kernel`` (a key of :data:`TUNING`)."""
-    rows, clusters = batch * heads * length, batch * heads * n_clusters
     if kernel not in TUNING:
         raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
-    moved = rows * (dim * element_size + 4) + clusters * dim * 4
-    return Cost(rows * dim if kernel.endswith("sums") else 0, moved, 0)
+    rows, blocks = batch * heads * length, dict(config.blocks) if config else {}
+    own = rows * (dim * element_size + 4)
+    if kernel == "cluster_attention_broadcast":
+        work = Cost(0, own + batch * heads * n_clusters * dim * 4, 0)
+        if not blocks:
+            return work
+        n = blocks["BLOCK_N"]
+        steps = batch * heads * cdiv(length, n)
+        return replace(
+            work, pointwise=steps * n * padded(dim), steps=steps, held=4 * n * padded(dim), loaded=own + rows * dim * 4
+        )
+    scatter = blocks.get("SCATTER", 1)
+    n_chunks, chunk = chunks(length, "cpu" if scatter else "cuda")
+    parts = batch * heads * n_chunks
+    sums = parts * (n_clusters + scatter) * (dim + 1) * 4
+    work = Cost(rows * dim, own + sums, 0, rate="float32" if scatter else None)
+    if not blocks:
+        return work
+    if scatter:
+        # row by row: the sum of its cluster is read, changed and written
+        steps = rows + parts * (n_clusters + 1)
+        loaded = own + rows * (dim + 1) * 8 + sums
+        return replace(work, tile_flops=rows * padded(dim), pointwise=rows * padded(dim), steps=steps, loaded=loaded)
+    n, c = blocks["BLOCK_N"], blocks["BLOCK_C"]
+    c_tiles = cdiv(n_clusters, c)
+    full, rest = divmod(length, chunk)
+    steps = batch * heads * c_tiles * (full * cdiv(chunk, n) + cdiv(rest, n))
+    return replace(
+        work, **products(steps, (c, padded(dim), n)), pointwise=steps * 2 * n * c, steps=steps,
+        loaded=own * c_tiles + sums,
+    )  # fmt: skip
 
 
 def heuristic(kernel: str, device_type: str, n_clusters: int = 100, dim: int = 64, element_size: int = 4) -> Config:
-    """The configuration where nothing was tuned. device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``."""
+    """The configuration where nothing was tuned. device_type: as in block attention's."""
     block_c = min(32, max(16, next_power_of_2(n_clusters)))
     if kernel == "cluster_attention_sums":
         if device_type == "cpu":
@@ -117,7 +149,7 @@ def heuristic(kernel: str, device_type: str, n_clusters: int = 100, dim: int = 6
         tile = {"BLOCK_N": rows, "BLOCK_C": max(16, min(block_c, most)), "SCATTER": 0}
         return Config(tile, num_stages=2 if element_size == 2 else 1)
     if kernel == "cluster_attention_broadcast":
-        return Config({"BLOCK_N": 64 if device_type == "cpu" or dim <= 64 else 32}, num_stages=1)
+        return Config({"BLOCK_N": 32 if device_type == "cpu" or dim > 64 else 64}, num_stages=1)
     raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
 
 

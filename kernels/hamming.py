@@ -9,6 +9,7 @@ An iteration is three launches: rows to clusters, clusters to counts by chunks o
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2, products
 from .launch import Launch, Lookup, device_kind, is_interpreted, run_planned, unit_stride
 from .tiles import head_of
 
@@ -192,23 +193,82 @@ KERNELS = {
 
 def cost(
     kernel: str, *, batch: int, heads: int, length: int, n_clusters: int, n_bits: int = 63, head_dim: int = 64,
-    element_size: int = 4,
+    element_size: int = 4, config: Config | None = None,
 ) -> Cost:  # fmt: skip
     """Work of one launch of ``kernel`` (a key of :data:`TUNING`), a dot product's operation for each bit compared."""
-    rows, centroids = batch * heads * length, batch * heads * n_clusters
+    rows, blocks = batch * heads * length, dict(config.blocks) if config else {}
     if kernel == "hamming_hash":
-        return Cost(2 * rows * n_bits * head_dim, rows * (head_dim * element_size + 8), 0)
+        own, planes = rows * (head_dim * element_size + 8), (head_dim + 1) * n_bits * 4
+        work = Cost(2 * rows * n_bits * head_dim, own + planes, 0, rate="tf32x3")
+        if not blocks:
+            return work
+        m, k = blocks["BLOCK_M"], blocks["BLOCK_K"]
+        programs = batch * heads * cdiv(length, m)
+        steps = programs * cdiv(head_dim, k)
+        return replace(
+            work, **products(steps, (m, 64, k)), pointwise=programs * 4 * m * 64, steps=steps,
+            loaded=own + programs * planes,
+        )  # fmt: skip
     if kernel == "hamming_assign":
-        return Cost(2 * rows * n_clusters * n_bits, rows * 12 + centroids * 12, 0)
+        centroids = batch * heads * n_clusters * 12
+        by_count = blocks.get("POPCOUNT", 0)
+        work = Cost(
+            2 * rows * n_clusters * n_bits, rows * 12 + centroids, 0, rate="popcount" if by_count else "int8"
+        )  # fmt: skip
+        if not blocks:
+            return work
+        n, c = blocks["BLOCK_N"], blocks["BLOCK_C"]
+        tiles = cdiv(length, n)
+        steps = batch * heads * tiles * cdiv(n_clusters, c)
+        # three operations leave the nearest; bits to signs take as many
+        pointwise = steps * (3 * n * c + (0 if by_count else 3 * 64 * c))
+        return replace(
+            work, **products(steps, (n, c, 64)), pointwise=pointwise, steps=steps, loaded=rows * 12 + centroids * tiles
+        )  # fmt: skip
+    scatter = blocks.get("SCATTER", 1)
+    n_chunks, chunk = chunks(length, "cpu" if scatter else "cuda")
+    parts = batch * heads * n_chunks
+    counts = parts * (n_clusters + scatter) * 256
     if kernel == "hamming_count":
-        return Cost(2 * rows * n_bits, rows * 12 + centroids * 256, 0)
+        work = Cost(2 * rows * 64, rows * 12 + counts, 0, rate="float32" if scatter else "int8")
+        if not blocks:
+            return work
+        if scatter:
+            # row by row: 64 counters are read, changed and written
+            steps = rows + parts * (n_clusters + 1)
+            return replace(
+                work, tile_flops=2 * rows * 64, pointwise=rows * 128, steps=steps, loaded=rows * 524 + counts
+            )  # fmt: skip
+        n, c = blocks["BLOCK_N"], blocks["BLOCK_C"]
+        c_tiles = cdiv(n_clusters, c)
+        steps = batch * heads * c_tiles * _tiles_of_chunks(length, chunk, n)
+        return replace(
+            work, **products(steps, (c, 64, n)), pointwise=steps * (n * c + 3 * 64 * n), steps=steps,
+            loaded=rows * 12 * c_tiles + counts,
+        )  # fmt: skip
     if kernel == "hamming_update":
-        return Cost(2 * centroids * n_bits, centroids * (256 + 8), 0)
+        n_chunks, _ = chunks(length, "cuda")
+        numbers = batch * heads * n_clusters * 64 * n_chunks
+        work = Cost(numbers, numbers * 4 + batch * heads * n_clusters * 8, 0, rate="float32")
+        if not blocks:
+            return work
+        c = blocks["BLOCK_C"]
+        tiles = batch * heads * cdiv(n_clusters, c)
+        return replace(
+            work, tile_flops=tiles * c * 64 * n_chunks, pointwise=tiles * c * 64 * 6, steps=tiles * n_chunks,
+            held=4 * c * 64, loaded=work.bytes,
+        )  # fmt: skip
     raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
 
 
+def _tiles_of_chunks(length: int, chunk: int, tile: int) -> int:
+    """How many tiles the chunks of one head are cut into; the last chunk may be shorter."""
+    full, rest = divmod(length, chunk)
+    return full * cdiv(chunk, tile) + cdiv(rest, tile)
+
+
 def heuristic(kernel: str, device_type: str, n_clusters: int = 100, head_dim: int = 64) -> Config:
-    """The configuration where nothing was tuned. device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``."""
+    """The configuration where nothing was tuned. device_type: as in block attention's."""
     on_cpu = device_type == "cpu"
     block_c = min(128, max(16, next_power_of_2(n_clusters)))
     if kernel == "hamming_hash":
@@ -239,7 +299,7 @@ def chunks(length: int, device_type: str) -> tuple[int, int]:
 
 def _precision(kind: str) -> str:
     """Codes are decided in fp32; three TF32 products give that on NVIDIA's tensor cores."""
-    return "tf32x3" if kind == "cuda" else "ieee"
+    return "tf32x3" if kind.startswith("cuda") else "ieee"
 
 
 def hash_launch(tensors: Mapping[str, torch.Tensor], device_type: str, config: Config | None = None) -> Launch:

@@ -8,13 +8,14 @@ a running maximum, so no (N, n_buckets) matrix exists. Of a factorised hash, whe
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import SCORE_OPS, Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
 from .launch import Launch, Lookup, device_kind, run_planned, unit_stride
 from .tiles import head_of, load_rows
 
@@ -71,14 +72,25 @@ KERNELS = {"hash_argmax_digit": digit_kernel}
 
 
 def cost(
-    kernel: str, *, batch: int, heads: int, length: int, rounds: int, head_dim: int, columns: int, element_size: int = 4
-) -> Cost:
+    kernel: str, *, batch: int, heads: int, length: int, rounds: int, head_dim: int, columns: int,
+    element_size: int = 4, config: Config | None = None,
+) -> Cost:  # fmt: skip
     """Work of one factor's launch of ``kernel``; columns: half of the factor."""
     if kernel not in TUNING:
         raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
-    rows = batch * heads * length
-    flops = 2 * rows * rounds * columns * head_dim
-    return Cost(flops, rows * head_dim * element_size + 4 * rows * rounds + 4 * heads * rounds * columns * head_dim, 0)
+    rows, directions = batch * heads * length, heads * rounds * columns * head_dim * 4
+    own = rows * (head_dim * element_size + 4 * rounds)
+    rate = "tf32x3" if head_dim <= 64 else "float32"
+    work = Cost(2 * rows * rounds * columns * head_dim, own + directions, 0, rate=rate)
+    if config is None:
+        return work
+    m, n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    tiles = cdiv(length, m)
+    steps = batch * heads * tiles * rounds * cdiv(columns, n)
+    return replace(
+        work, **products(steps, (n, m, padded(head_dim))), pointwise=steps * SCORE_OPS * m * n, steps=steps,
+        loaded=own + batch * directions * tiles,
+    )  # fmt: skip
 
 
 def heuristic(kernel: str, device_type: str, columns: int, head_dim: int) -> Config:
@@ -124,7 +136,7 @@ def launches_of(
 def _precision(kind: str, head_dim: int) -> str:
     """Buckets are decided in fp32. Three TF32 products give that on NVIDIA's tensor cores, which halves of wider rows
     leave no registers for."""
-    return "tf32x3" if kind == "cuda" and head_dim <= 64 else "ieee"
+    return "tf32x3" if kind.startswith("cuda") and head_dim <= 64 else "ieee"
 
 
 def hash_argmax(

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import FEATURE_OPS, TIGHT, Config, Cost, TuningSpace, cdiv, next_power_of_2, products
 from .feature_tiles import load_features, load_tile, operand, slope
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .tiles import head_of
@@ -306,26 +306,80 @@ KERNELS = {
 
 def cost(
     kernel: str, *, batch: int, heads: int, length: int, features: int, value_dim: int, is_causal: bool,
-    chunk: int = 64, element_size: int = 4,
+    chunk: int = 64, element_size: int = 4, own_keys: bool = False, config: Config | None = None,
 ) -> Cost:  # fmt: skip
     """Work of one launch of ``kernel`` (a key of :data:`TUNING`) over ``length`` rows a head.
 
-    chunk: rows of a state; without ``is_causal`` it matters to states and scan alone.
+    chunk: rows of a state; without ``is_causal`` it matters to states and scan alone, and with it, to outputs and
+    gradients, it is the BLOCK_M of ``config``.
     """
-    rows = batch * heads * length
-    state = features * (value_dim + 1)
-    states = batch * heads * cdiv(length, chunk) * state * 4
-    met = 2 * rows * features * value_dim
-    within = 2 * rows * chunk * (features + value_dim) if is_causal else 0
-    read = rows * (features + value_dim) * element_size
-    if kernel == "linear_attention_states":
-        return Cost(met, read + states, rows * features)
+    if kernel not in TUNING:
+        raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+    blocks, reads_scan = dict(config.blocks) if config else {}, kernel.endswith(("outputs", "gradients"))
+    if is_causal and reads_scan:
+        chunk = blocks.get("BLOCK_M", chunk)
+    heads, rows = batch * heads, batch * heads * length
+    size = features * (value_dim + 1)  # of a state
+    n_chunks = cdiv(length, chunk)
     if kernel == "linear_attention_scan":
-        return Cost(states / 4, (2 if is_causal else 1) * states + batch * heads * state * 4, 0)
-    if kernel in ("linear_attention_outputs", "linear_attention_gradients"):
-        before = states if is_causal else batch * heads * state * 4
-        return Cost(met + within, (2 if is_causal else 1) * read + before, (2 if is_causal else 1) * rows * features)
-    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+        moved = ((2 if is_causal else 1) * n_chunks + 1) * heads * size * 4
+        work = Cost(heads * n_chunks * size, moved, 0, rate="float32")
+        if not blocks:
+            return work
+        steps = heads * cdiv(size, blocks["BLOCK_SIZE"]) * n_chunks
+        size = steps * blocks["BLOCK_SIZE"]
+        return replace(
+            work, tile_flops=size, pointwise=size, steps=steps, held=4 * blocks["BLOCK_SIZE"], loaded=moved
+        )  # fmt: skip
+    of_x, of_y = features * element_size, value_dim * element_size  # bytes of a row
+    met = 2 * rows * features * value_dim
+    if kernel == "linear_attention_states":
+        states = heads * n_chunks * size * 4
+        work = Cost(met, rows * (of_x + of_y) + states, rows * features)
+        if not blocks:
+            return work
+        n, f, dv = blocks["BLOCK_N"], blocks["BLOCK_F"], blocks["BLOCK_DV"]
+        f_tiles, dv_tiles = cdiv(features, f), cdiv(value_dim, dv)
+        steps = heads * f_tiles * dv_tiles * (length // chunk * cdiv(chunk, n) + cdiv(length % chunk, n))
+        return replace(
+            work, **products(steps, (f, dv, n)), tile_exps=steps * n * f, pointwise=steps * n * f * FEATURE_OPS,
+            steps=steps, loaded=rows * (of_x * dv_tiles + of_y * f_tiles) + states,
+        )  # fmt: skip
+    both = 2 if is_causal else 1
+    within = 2 * rows * chunk * (features + value_dim) if is_causal else 0
+    # the denominators are met by all, the outputs by the gradients of queries
+    reads_out = kernel.endswith("gradients") and not own_keys
+    own = rows * (of_x + of_y) * both + (rows * (of_x if kernel.endswith("gradients") else 0))
+    own += rows * (of_y * reads_out + 4)
+    work = Cost(met + within, own + heads * (n_chunks if is_causal else 1) * size * 4, both * rows * features)
+    if not blocks:
+        return work
+    m, f, dv = blocks["BLOCK_M"], blocks["BLOCK_F"], blocks["BLOCK_DV"]
+    m_tiles, f_tiles, dv_tiles = cdiv(length, m), cdiv(features, f), cdiv(value_dim, dv)
+    if kernel.endswith("outputs"):
+        # every tile of a result's columns goes over all features
+        tiles, inner, (wide, deep) = dv_tiles, f_tiles, (dv, f)
+        exps = heads * m_tiles * tiles * inner * m * f * both
+        loaded = rows * (both * (of_x * tiles + of_y) + 4)
+        states = heads * m_tiles * (features * value_dim + features * tiles) * 4
+    else:
+        tiles, inner, (wide, deep) = f_tiles, dv_tiles, (f, dv)
+        exps = heads * m_tiles * tiles * m * f * both
+        loaded = rows * ((both + 1) * of_x + (both + reads_out) * of_y * tiles + 4)
+        states = heads * m_tiles * size * 4
+    programs = heads * m_tiles * tiles
+    steps = programs * inner
+    work = replace(
+        work, **products(steps, (m, wide, deep), *([(m, m, deep)] if is_causal else [])), tile_exps=exps,
+        pointwise=exps * FEATURE_OPS + programs * 2 * m * wide, steps=steps, loaded=loaded + states,
+    )  # fmt: skip
+    if not is_causal:
+        return work
+    last = products(programs, (m, wide, m))
+    return replace(
+        work, **{name: getattr(work, name) + value for name, value in last.items()},
+        pointwise=work.pointwise + programs * 4 * m * m,
+    )  # fmt: skip
 
 
 def heuristic(
@@ -333,25 +387,31 @@ def heuristic(
 ) -> Config:  # fmt: skip
     """The configuration where nothing was tuned.
 
-    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. BLOCK_M of a causal pass is also the length of its chunks: with 64
-    the products within a chunk cost as much as those with 64 features' states, and the states take the memory of one
-    more tensor like k. On a CPU, 32 and 128 were 1 and 1.5 times as slow.
+    device_type: as in block attention's. BLOCK_M of a causal pass is also the length of its chunks: with 64 the
+    products within a chunk cost as much as those with 64 features' states, and the states take the memory of one more
+    tensor like k. On a CPU, 32 and 128 were 1 and 1.5 times as slow.
     """
     if kernel == "linear_attention_scan":
-        return Config({"BLOCK_SIZE": 1024})
+        # on a CPU what its registers hold: 1024 took 1.4 times as long
+        return Config({"BLOCK_SIZE": 256 if device_type == "cpu" else 1024})
     f, dv = (max(16, next_power_of_2(dim)) for dim in (features, value_dim))
     rows = "BLOCK_N" if kernel == "linear_attention_states" else "BLOCK_M"
-    warps = 4
+    warps, stages = 4, 2
     if device_type == "cpu":
         blocks = {rows: 64 if is_causal else 128, "BLOCK_F": min(f, 128), "BLOCK_DV": min(dv, 128)}
     else:
         # exact fp32 dots run on the plain ALUs, with their operands in registers
         tile = 64 if element_size <= 2 else 32
         blocks = {rows: tile, "BLOCK_F": min(f, tile), "BLOCK_DV": min(dv, tile)}
-        # of so many warps the registers suffice
-        is_large = not kernel.endswith("outputs") or max(f, dv) > 64 or element_size > 2
-        warps = 8 if device_type == "cuda" and is_large else 4
-    return Config(blocks, num_warps=warps, num_stages=2)
+        if device_type.startswith("cuda"):
+            # of so many warps the registers suffice, and for outputs with fewer features at a time
+            is_outputs = kernel.endswith("outputs")
+            is_large = max(f, dv) > 64 or element_size > 2
+            warps = 8 if is_large or not is_outputs else 4
+            blocks["BLOCK_F"] = min(f, tile // 2 if is_large and is_outputs else tile)
+            if device_type in TIGHT and max(f, dv) > 64 and kernel == "linear_attention_states":
+                stages = 3  # with 2 it spills 8 bytes
+    return Config(blocks, num_warps=warps, num_stages=stages)
 
 
 @dataclass(frozen=True)

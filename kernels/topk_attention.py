@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .block_pairs import kept_pairs
-from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2
+from .config import READS_SHARED, SCORE_OPS, Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
 from .launch import Launch, Lookup, device_kind, dot_precision, run_planned, unit_stride
 from .tiles import head_of, load_rows, store_rows
 
@@ -304,26 +305,89 @@ KERNELS = {
 
 def cost(
     kernel: str, *, batch: int, heads: int, n_queries: int, n_clusters: int, top_k: int,
-    head_dim: int, value_dim: int, element_size: int = 4,
+    head_dim: int, value_dim: int, element_size: int = 4, config: Config | None = None,
 ) -> Cost:  # fmt: skip
-    """Work of one call of ``kernel`` (a key of :data:`TUNING`), where clusters are equally large."""
-    rows = batch * heads
-    pairs = rows * n_queries * top_k
-    dims = head_dim + value_dim
-    lists = rows * n_clusters * top_k
-    read = (rows * n_queries * dims + lists * dims) * element_size + rows * n_queries * 8 + lists * 4
-    if kernel == "topk_attention_forward":
-        return Cost(2 * pairs * dims, read + rows * n_queries * 4, pairs)
-    if kernel == "topk_attention_backward_dq":
-        return Cost(
-            2 * pairs * (2 * head_dim + value_dim), read + rows * n_queries * (head_dim * element_size + 4), pairs
-        )
-    parts = rows * parts_of(n_queries, n_clusters, top_k)[0] * top_k * (4 * dims + 4)
-    if kernel == "topk_attention_backward_dkv":
-        return Cost(4 * pairs * dims, read + rows * n_queries * 4 + parts, pairs)
+    """Work of one call of ``kernel`` (a key of :data:`TUNING`). Clusters have any size: the last tile of one is half
+    full in the mean."""
+    if kernel not in TUNING:
+        raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+    rows, dims = batch * heads, head_dim + value_dim
     if kernel == "topk_attention_sum":
-        return Cost(parts / 4, parts + rows * n_queries * dims * element_size, 0)
-    raise ValueError(f"kernel must be one of {sorted(TUNING)}, got {kernel!r}")
+        return _sum_cost(rows, n_queries, n_clusters, top_k, head_dim, element_size, config)
+    pairs, members = rows * n_queries * top_k, n_queries / n_clusters
+    # bytes of a query and of a list with its keys
+    of_q, of_list = head_dim * element_size + 8, top_k * (dims * element_size + 4) + 4 * value_dim + 4
+    part_size, parts = parts_of(n_queries, n_clusters, top_k)[1], 0
+    if kernel == "topk_attention_forward":
+        of_q += value_dim * element_size
+        flops = 2 * pairs * dims
+    elif kernel == "topk_attention_backward_dq":
+        of_q += dims * element_size + 8
+        flops = 2 * pairs * (2 * head_dim + value_dim)
+    else:
+        of_q += value_dim * element_size + 8
+        flops = 4 * pairs * dims
+        parts = rows * n_clusters * _tiles(members, part_size)
+    written = parts * (top_k * (dims * 4 + 4) + 4 * value_dim + 8)
+    lists = rows * n_clusters * of_list
+    work = Cost(flops, rows * n_queries * of_q + lists + written, pairs)
+    if config is None:
+        return work
+    m, n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    d, dv = padded(head_dim), padded(value_dim)
+    m_tiles, n_tiles = _tiles(members, m), cdiv(top_k, n)
+    again_q, again_k = 1, m_tiles
+    score, weights = (m, n, d), (m, n, dv)
+    if kernel == "topk_attention_forward":
+        shapes, pointwise, passes = (score, (m, dv, n)), SCORE_OPS * m * n + m * dv, 1
+    elif kernel == "topk_attention_backward_dq":
+        # where a list is several tiles, these pass twice: a query's delta has to be known before
+        passes = 1 if n_tiles == 1 else 2
+        shapes, pointwise = (*(score, weights) * passes, (m, d, n)), SCORE_OPS * m * n * passes
+        again_k *= passes
+    else:
+        shapes, pointwise, passes = (score, weights, (n, d, m), (n, dv, m)), SCORE_OPS * m * n, 1
+        again_q, again_k = n_tiles, _tiles(members, part_size)
+    steps = rows * n_clusters * m_tiles * n_tiles
+    return replace(
+        work, **products(steps, *shapes), tile_exps=steps * m * n * passes, pointwise=steps * pointwise,
+        held=4 * m * n * (1 if kernel.endswith("forward") else 2),  # the scores, and their gradients
+        steps=steps * passes, loaded=rows * n_queries * of_q * again_q + lists * again_k + written,
+    )  # fmt: skip
+
+
+def _tiles(members: float, size: int) -> float:
+    """Tiles of a cluster, in the mean of clusters of all sizes."""
+    return max(1.0, members / size + 0.5)
+
+
+def _sum_cost(
+    rows: int, n_rows: int, n_clusters: int, top_k: int, dim: int, element_size: int, config: Config | None
+) -> Cost:
+    """Of the sum that makes dk or dv of ``n_rows`` keys, where lists name any keys."""
+    part_size = parts_of(n_rows, n_clusters, top_k)[1]
+    entries = n_clusters * _tiles(n_rows / n_clusters, part_size) * top_k
+    moved = rows * (entries * (4 * dim + 4) + n_rows * (dim * element_size + 4))
+    work = Cost(rows * entries * dim, moved, 0, rate="float32")
+    if config is None:
+        return work
+    m = config.blocks["BLOCK_M"]
+    steps = rows * cdiv(n_rows, m) * _most_of(m, entries / n_rows)
+    size = m * padded(dim)
+    return replace(work, tile_flops=steps * size, pointwise=steps * size, steps=steps, held=4 * size, loaded=moved)
+
+
+def _most_of(rows: int, mean: float) -> float:
+    """The entries of that one of ``rows`` rows that has most, in the mean, where each has ``mean`` by chance."""
+    if mean > 100:  # nearly normal
+        return mean + math.sqrt(2 * mean * math.log(rows))
+    most, entries, probability, at_most = 0.0, 0, math.exp(-mean), math.exp(-mean)
+    while at_most < 1 - 1e-9 and entries < mean + 100:
+        most += 1 - at_most**rows
+        entries += 1
+        probability *= mean / entries
+        at_most += probability
+    return max(most, mean)
 
 
 def heuristic(
@@ -331,23 +395,27 @@ def heuristic(
 ) -> Config:
     """The configuration where nothing was tuned: the whole list as one tile, up to what registers (or the cache) hold.
 
-    device_type: ``"cpu"``, ``"cuda"`` or ``"hip"``. members: queries of a cluster, in the mean. On a GPU these are the
-    largest tiles whose binaries spill nothing, on sm_80, sm_90, sm_100 and gfx942; fp32 with head dims above 128 spills
-    on NVIDIA whatever the tiles are.
+    device_type: as in block attention's. members: queries of a cluster, in the mean. On a GPU these are the largest
+    tiles whose binaries spill nothing, on sm_80 to sm_120 and gfx942; fp32 with head dims above 128 spills on NVIDIA
+    whatever the tiles are.
     """
     if kernel == "topk_attention_sum":
         return Config({"BLOCK_M": 16}, num_warps=4, num_stages=1)
     warps, stages = 4, 2
     if device_type == "cpu":
-        most = (64, 128) if head_dim <= 64 else (64, 64)
-    elif device_type == "hip":
+        # in what keys' gradients take of queries, 64 at a time took 1.2 times as long as 16
+        most = (16 if kernel.endswith("dkv") else 64, 128 if head_dim <= 64 else 64)
+    elif device_type.startswith("hip"):
         most, stages = ((64, 64) if element_size * head_dim <= 128 else (32, 32) if head_dim <= 128 else (16, 16)), 1
     elif element_size > 2:
         # exact fp32 dots run on the plain ALUs, with their operands in registers
         most = ((16, 32) if kernel.endswith("dkv") else (32, 32)) if head_dim <= 64 else (16, 16)
         stages = 2 if head_dim <= 64 else 1
+    elif kernel.endswith("dkv") and head_dim <= 64:
+        most, warps = ((64, 64), 8) if device_type in READS_SHARED else ((32, 32), 4)
     elif head_dim <= 128:
-        most, warps = (64, 64), 4 if head_dim <= 64 else 8
+        most = (64, 32 if kernel.endswith("dkv") else 64)
+        warps = 8 if head_dim > 64 or (top_k > 32 and device_type not in READS_SHARED) else 4
     else:
         most, warps, stages = (32, 32), 8 if kernel.endswith("dkv") else 4, 1
     m, n = (min(limit, max(16, next_power_of_2(size))) for limit, size in zip(most, (members, top_k), strict=True))
@@ -424,8 +492,9 @@ def _run(
         q, (batch, heads, n_clusters, top_k) = tensors["q"], tensors["topk_index"].shape
         shape = {"batch": batch, "heads": heads, "n_queries": q.shape[2], "n_clusters": n_clusters, "top_k": top_k}
         shape |= {"head_dim": q.shape[3], "value_dim": tensors["v"].shape[3]}
+        options = {"is_causal": is_causal, "dropout": dropout_p > 0}
         for kernel in kernels:
-            config = lookup(kernel, q.device, q.dtype, shape, {"is_causal": is_causal}) if lookup else None
+            config = lookup(kernel, q.device, q.dtype, shape, options) if lookup else None
             yield launch_of(kernel, tensors, is_causal, scale, dropout_p, config)
 
     run_planned(

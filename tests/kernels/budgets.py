@@ -28,10 +28,16 @@ NVIDIA = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120")
 TARGETS = (*NVIDIA, "hip:gfx942")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64
-# larger sizes change tiles, not code: they have no budget of instructions, and one GPU of each vendor is enough
-LARGER: dict[str, list[dict[str, int]]] = {"block_attention": [{"head_dim": 128}, {"c_q": 128, "c_k": 128}]}
-ONE_OF_EACH = ("cuda:90", "hip:gfx942")
+# Other sizes change tiles and masks, not code: they have no budget of instructions, and are compiled in the type that
+# takes the most registers, for one GPU of each kind of tensor core.
+SIZES: list[dict[str, int]] = [{"head_dim": 128}, {"head_dim": 40}]
+MORE_SIZES: dict[str, list[dict[str, int]]] = {
+    "block_attention": [{"c_q": 128, "c_k": 128}],
+    "topk_attention": [{"top_k": 64}],
+}
+ONE_OF_EACH = ("cuda:90", "cuda:120", "hip:gfx942")
 SLACK = 1.25  # of the instructions: what bf16, another release of Triton or a small change may add
+ROUNDING = 1.4  # the same where bf16 is rounded to without an instruction for it, as on gfx942: several for each value
 _ASYNCHRONOUS = ("LDGSTS", "UBLKCP", "UTMALDG")
 
 
@@ -40,10 +46,10 @@ class Case:
     kernel: str
     target: str
     dtype: torch.dtype
-    larger: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        sizes = "".join(f"-{name}={size}" for name, size in self.larger)
+        sizes = "".join(f"-{name}={size}" for name, size in self.sizes)
         return f"{self.kernel}-{self.target}-{dtype_name(self.dtype)}{sizes}"
 
 
@@ -79,19 +85,18 @@ def kernels() -> dict[str, str]:
 
 
 def cases(kernel: str) -> list[Case]:
-    """A kernel on every GPU in every dtype, and what is larger in fp16."""
+    """A kernel on every GPU in every dtype, and other sizes of it."""
     found = [Case(kernel, target, dtype) for target in TARGETS for dtype in DTYPES]
-    for sizes in LARGER.get(kernels()[kernel], [{"head_dim": 2 * HEAD_DIM}]):
-        found += [Case(kernel, target, torch.float16, tuple(sizes.items())) for target in ONE_OF_EACH]
+    for sizes in SIZES + MORE_SIZES.get(kernels()[kernel], []):
+        found += [Case(kernel, target, torch.bfloat16, tuple(sizes.items())) for target in ONE_OF_EACH]
     return found
 
 
 def measure(case: Case) -> Cost:
     """Compiles a kernel with the configuration that its heuristic chooses."""
     room = import_module(f"fastattn.kernels.{kernels()[case.kernel]}")
-    vendor = case.target.split(":")[0]
-    sizes = {"head_dim": HEAD_DIM} | dict(case.larger)
-    launch = room.example_launch(case.kernel, case.dtype, device_type=vendor, **sizes)
+    sizes = {"head_dim": HEAD_DIM} | dict(case.sizes)
+    launch = room.example_launch(case.kernel, case.dtype, device_type=case.target, **sizes)
     compiled = compile_launch(launch, case.target)
     tensor_cores = compiled.tensor_core_instructions
     uses = [name.split("_f")[0] if name.startswith("v_") else name for name in tensor_cores]
@@ -133,12 +138,13 @@ def problems(case: Case, cost: Cost) -> list[str]:
         return [*found, "computes in TF32, where fp32 is exact by default"] if cost.has_tf32 else found
     if cost.has_dot and not cost.on_tensor_cores:
         found.append("has dots, but no tensor-core instruction")
-    if case.larger:
+    if case.sizes:
         return found
     budget = recorded().get((case.kernel, case.target))
     if budget is None:
         return [*found, f"has no line in {TABLE.name}: python -m tests.kernels.budgets --record"]
-    most = round(SLACK * budget.instructions)
+    is_rounding = case.target == "hip:gfx942" and case.dtype == torch.bfloat16
+    most = round((ROUNDING if is_rounding else SLACK) * budget.instructions)
     if cost.instructions > most:
         found.append(f"has {cost.instructions} instructions, more than {most}")
     if lost := {*budget.uses} - {*cost.uses}:
@@ -162,7 +168,7 @@ def record(costs: dict[Case, Cost]) -> None:
 
 def _has_budget(case: Case) -> bool:
     """Whether the budgets are those of this case."""
-    return case.dtype == torch.float16 and not case.larger
+    return case.dtype == torch.float16 and not case.sizes
 
 
 def _measured(case: Case) -> Cost | str:

@@ -70,12 +70,18 @@ def watched() -> Iterator[Session]:
         yield state
 
 
+def run_on_gpu(launch: Launch) -> None:
+    """What ``door.run`` does for each launch on a GPU."""
+    door._fill(launch)
+    door._run_on_gpu(launch)
+
+
 def execute(launches: list[Launch]) -> None:
     """Raises KernelFault: what ttsem found."""
     with watched() as state:
         for launch in launches:
             try:
-                door._run_on_gpu(launch)
+                run_on_gpu(launch)
             except Unjudged as stop:
                 why = ", ".join(stop.unsupported) or str(stop)
                 pytest.skip(f"ttsem can't run {launch.kernel.__name__}: {why}")
@@ -111,7 +117,7 @@ def by_ttsem() -> Iterator[Session]:
 
     def run(launches: Iterable[Launch]) -> None:
         for launch in launches:
-            door._run_on_gpu(launch)
+            run_on_gpu(launch)
 
     nothing_planned = SimpleNamespace(run=run, planned=lambda *_: None)
     with pytest.MonkeyPatch.context() as patch, watched() as state:
