@@ -1,7 +1,8 @@
 """fastattn: attention that is cheap on long sequences.
 
 Call a method: ``fastattn.smyrf_attention(q, k, v)``. Put it into a pre-trained Hugging Face model:
-``fastattn.patch(model, "smyrf")``, ``fastattn.unpatch(model)`` or ``with fastattn.patched(model, "smyrf"):``.
+``fastattn.patch(model, "smyrf")``, ``fastattn.unpatch(model)`` or ``with fastattn.patched(model, "smyrf"):``. Find out
+how far to go: ``fastattn.calibrate(model, "smyrf", batch=..., max_error=...)``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastattn.methods.reformer_decoding import lsh_attention_step, lsh_decoding_
 from fastattn.methods.smyrf import smyrf_attention
 
 if TYPE_CHECKING:
+    from fastattn.integrations.calibrate import calibrate
     from fastattn.integrations.transformers import patch, patched, unpatch
 
 __version__ = "0.1.0"
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "attend",
+    "calibrate",
     "clustered_attention",
     "improved_clustered_attention",
     "linear_attention",
@@ -40,6 +43,7 @@ __all__ = [
 
 # Imported at first use: whoever only calls an op shall not pay for what patching needs.
 _LAZY = {name: "fastattn.integrations.transformers" for name in ("patch", "patched", "unpatch")}
+_LAZY["calibrate"] = "fastattn.integrations.calibrate"
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastattn.integrations.calibrate_plot import pyplot
 from perf.versus import PASSES
 
 Series = dict[int, float]  # by length
@@ -42,17 +43,6 @@ def series(measured: Mapping[tuple[str, str, int], Any], which: str, value: Any)
         if of_pass == which and value(call) > 0:
             found.setdefault(name, {})[length] = value(call)
     return found
-
-
-def pyplot() -> Any:
-    """matplotlib's, set up for files that are small and the same each time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastattn"})
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def _draw(measured: Mapping[tuple[str, str, int], Any], unit: str, path: Path, value: Any) -> Path:

@@ -120,6 +120,9 @@ def attend(
         )
     key_mask = _key_mask(module, state, attention_mask, key)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if state.record is not None:
+        state.record(query, key, value, key_mask, scale)
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, False, kwargs)
     out = METHODS[state.method].attend(query, key, value, key_mask, scale, draws_of(module), state.knobs)
     return out.transpose(1, 2).contiguous(), None
 

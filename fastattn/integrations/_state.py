@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 NAME = "fastattn"  # in transformers' registries, and so in a patched model's config
@@ -43,6 +45,7 @@ class LayerState:
     method, knobs: as :func:`fastattn.patch` took them, completed with defaults.
     min_length: inputs shorter than this many tokens run dense.
     layer: index among the model's attention modules, for messages.
+    record: while a calibration looks on: gets each call's (q, k, v, key_mask, scale), and the layer runs dense.
     """
 
     method: str
@@ -50,6 +53,7 @@ class LayerState:
     min_length: int
     layer: int
     shared: ConfigPatch
+    record: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a patched model that is unpickled in a fresh process finds its attention function there
@@ -103,3 +107,8 @@ def config_patch(module: nn.Module, others: list[nn.Module]) -> ConfigPatch:
         fresh.previous = "sdpa"
     _config_patches[id(config)] = fresh
     return fresh
+
+
+def device_of(module: nn.Module) -> torch.device:
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

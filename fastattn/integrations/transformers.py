@@ -6,27 +6,29 @@ a layer and its random draws sit on its attention module, and the state dict sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.integrations import _modules
 from fastattn.integrations._methods import Method, method_named
+from fastattn.integrations._plans import DEFAULT_MIN_LENGTH, Plan, calibrated_plans
 from fastattn.integrations._state import (
     ConfigPatch,
     LayerState,
     config_patch,
+    device_of,
     draws_of,
     remove_state,
     set_state,
     state_of,
 )
 
-# a round figure to start from, not a calibrated one: about where four rounds of 64 begin to pay on a CPU
-DEFAULT_MIN_LENGTH = 1024
+if TYPE_CHECKING:
+    from fastattn.integrations.calibrate_result import Calibration
 
 
 def patch(
@@ -37,7 +39,8 @@ def patch(
     min_length: int | None = None,
     seed: int = 0,
     generator: torch.Generator | None = None,
-    **knobs: Any,
+    knobs: str | Calibration | None = None,
+    **given: Any,
 ) -> nn.Module:
     """Make the self-attention of a Hugging Face encoder approximate, in place; returns ``model``.
 
@@ -45,14 +48,19 @@ def patch(
     method: "smyrf", "clustered" or "improved_clustered".
     layers: which attention modules to patch, as indices into those that the AttentionInterface reaches, in the model's
         order (negative ones count from the end); None is all of them. The others run SDPA with the same mask.
-    min_length: inputs of fewer tokens run SDPA, exactly as an unpatched model does; None is ``DEFAULT_MIN_LENGTH``, 0
-        forces the method. Only a model patched with 0 can be exported with a free length.
+    min_length: inputs of fewer tokens run SDPA, exactly as an unpatched model does; None is ``DEFAULT_MIN_LENGTH``, or
+        what a calibration found, 0 forces the method. Only a model patched with 0 can be exported with a free length.
     seed, generator: the random draws of all layers come once, now, on the CPU, from ``generator`` or from a new one
         with ``seed``; a layer's draws do not depend on ``layers``. They are a buffer of the attention module that
         follows ``model.to(...)`` and is not part of the state dict.
-    knobs: of smyrf: n_hashes=4, q_cluster_size=64, k_cluster_size=None, correct_duplicates=False, local_window=0,
-        directions="random", impl=None (see fastattn.smyrf_attention); of clustered: n_clusters=100, n_bits=63,
-        n_iterations=10, impl=None (see fastattn.clustered_attention); of improved_clustered also topk=32.
+    knobs: "calibrated": those that :func:`fastattn.calibrate` or ``fastattn calibrate`` stored for a model of this type
+        and size, this method, device and dtype (of several lengths, the longest), with their min_length; or a
+        :class:`~fastattn.integrations.calibrate_result.Calibration`. Where layers have choices of their own, one
+        without a choice stays dense.
+    given: knobs by name, instead. Of smyrf: n_hashes=4, q_cluster_size=64, k_cluster_size=None,
+        correct_duplicates=False, local_window=0, directions="random", impl=None (see fastattn.smyrf_attention); of
+        clustered: n_clusters=100, n_bits=63, n_iterations=10, impl=None (see fastattn.clustered_attention); of
+        improved_clustered also topk=32.
 
     Padding: a 2-d ``attention_mask`` is honoured; attention gives 0 at padded positions. Patching a patched model gives
     the named layers new settings and leaves the others theirs.
@@ -67,12 +75,13 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     how = method_named(method)
-    settings = how.with_knobs(knobs)
-    min_length = _checked_min_length(min_length)
-    found = _reached(model)
-    chosen = _chosen(len(found), layers)
-    _check_modules(model, found, chosen)
-    draws = _draw_all(how, settings, found, _generator(seed, generator))
+    settings = how.with_knobs(given)
+    least = _checked_min_length(min_length)
+    found, chosen = layers_to_patch(model, layers)
+    plans = dict.fromkeys(range(len(found)), Plan(settings, DEFAULT_MIN_LENGTH if least is None else least))
+    if knobs is not None:
+        plans |= calibrated_plans(how, knobs, given, least, found, chosen)
+    draws = _draw_all(how, plans, found, _generator(seed, generator))
 
     from fastattn.integrations._interface import register
 
@@ -80,14 +89,17 @@ def patch(
     modules = [module for _, module in found]
     shared: dict[int, ConfigPatch] = {}
     for layer in chosen:
-        module = modules[layer]
+        module, plan = modules[layer], plans[layer]
+        if plan is None:
+            remove_state(module)
+            continue
         key = id(module.config)
         if key not in shared:
             shared[key] = config_patch(module, modules)
-        state = LayerState(method, settings, min_length, layer, shared[key])
+        state = LayerState(method, plan.knobs, plan.min_length, layer, shared[key])
         drawn = draws[layer]
         assert drawn is not None  # every chosen layer passed the checks
-        set_state(module, state, drawn.to(_device_of(module)))
+        set_state(module, state, drawn.to(device_of(module)))
     return model
 
 
@@ -118,7 +130,7 @@ def patched(model: nn.Module, method: str = "smyrf", **options: Any) -> Iterator
         unpatch(model)
         for module, state, draws in before:
             # the model may have moved in the meantime
-            set_state(module, state, draws.to(_device_of(module)))
+            set_state(module, state, draws.to(device_of(module)))
 
 
 def layer_states(model: nn.Module) -> dict[str, LayerState]:
@@ -133,9 +145,9 @@ def _need_transformers() -> None:
         raise ImportError("patching needs transformers: pip install fastattn[transformers]") from error
 
 
-def _checked_min_length(min_length: int | None) -> int:
+def _checked_min_length(min_length: int | None) -> int | None:
     if min_length is None:
-        return DEFAULT_MIN_LENGTH
+        return None
     if isinstance(min_length, bool) or not isinstance(min_length, int):
         raise TypeError(f"min_length must be None or an int of at least 0, got {min_length!r}")
     if min_length < 0:
@@ -153,6 +165,16 @@ def _generator(seed: int, generator: torch.Generator | None) -> torch.Generator:
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, so that draws are the same everywhere; got {generator.device}")
     return generator
+
+
+def layers_to_patch(model: nn.Module, layers: Iterable[int] | None) -> tuple[list[tuple[str, nn.Module]], list[int]]:
+    """All attention modules that could be reached, by name, and the indices of those that ``layers`` chooses.
+
+    Raises what :func:`patch` does where there are none, or where one of those chosen can't be patched."""
+    found = _reached(model)
+    chosen = _chosen(len(found), layers)
+    _check_modules(model, found, chosen)
+    return found, chosen
 
 
 def _reached(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -207,16 +229,11 @@ def _check_modules(model: nn.Module, found: list[tuple[str, nn.Module]], chosen:
 
 
 def _draw_all(
-    how: Method, settings: dict[str, Any], found: list[tuple[str, nn.Module]], generator: torch.Generator
+    how: Method, plans: Mapping[int, Plan | None], found: list[tuple[str, nn.Module]], generator: torch.Generator
 ) -> list[Tensor | None]:
     # for every layer that could be patched, chosen or not: a layer's draws don't depend on the choice of the others
     draws = []
-    for name, module in found:
-        size = _modules.head_dim(module) if _modules.why_not(name, module) is None else None
-        draws.append(None if size is None else how.draw(size, settings, generator))
+    for layer, (name, module) in enumerate(found):
+        size, plan = _modules.head_dim(module) if _modules.why_not(name, module) is None else None, plans[layer]
+        draws.append(None if size is None or plan is None else how.draw(size, plan.knobs, generator))
     return draws
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.device import device_type
+
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT: dict[str, Any] = {**SIZES, "vocab_size": 99, "max_position_embeddings": 300}
 
@@ -66,7 +68,7 @@ def build() -> Callable[..., Any]:
 
     def make(family: str, attention: str | None = None) -> Any:
         torch.manual_seed(0)
-        model = BUILDERS[family]().eval()
+        model = BUILDERS[family]().eval().to(device_type())
         if attention is not None:
             model.set_attn_implementation(attention)
         return model
