@@ -1,22 +1,18 @@
-"""Improved clustered attention, 100 clusters, top 32, against torch's: ``python -m perf.bench_improved``.
+"""Improved clustered attention, 100 clusters, top 32, against torch's: ``python -m perf improved``.
 
 Hashing and Lloyd's algorithm are part of what is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-
 import torch
 from torch import Tensor
 
 import fastattn
 from perf import versus
-from perf.report import Row
-from perf.versus import BOTH, FORWARD, Method, Rival
+from perf.versus import BOTH, FORWARD, Bench, Method, Rival
 
 CLUSTERS, TOPK = 100, 32
-SECONDS = {1024: 6.0, 4096: 12.0, 16384: 60.0}  # of timing, by length
 GOALS = {FORWARD: {4096: 6.0, 16384: 30.0}}
 PEER_GOALS = {FORWARD: {4096: 7.0, 16384: 10.0}}
 MEMORY_GOALS = {BOTH: {16384: 400.0}}  # MB
@@ -24,7 +20,7 @@ MEMORY_GOALS = {BOTH: {16384: 400.0}}  # MB
 
 def _build(length: int) -> versus.Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor, impl: str | None = None) -> Tensor:
-        generator = torch.Generator().manual_seed(4)  # the same clusters in each call
+        generator = torch.Generator(q.device).manual_seed(4)  # the same clusters in each call
         return fastattn.improved_clustered_attention(
             q, k, v, n_clusters=CLUSTERS, topk=TOPK, generator=generator, impl=impl
         )
@@ -38,15 +34,4 @@ METHOD = Method(
     (versus.dense(GOALS), Rival("fast-transformers' improved clustered", PEER_GOALS)),
     MEMORY_GOALS,
 )
-
-
-def rows(
-    lengths: Sequence[int] = versus.LENGTHS, seconds: Mapping[int, float] = SECONDS, *, with_peers: bool = False
-) -> Iterator[Row]:
-    return versus.rows(METHOD, lengths, seconds, with_peers=with_peers)
-
-
-if __name__ == "__main__":
-    from perf.__main__ import main
-
-    main(["improved"])
+BENCH = Bench((METHOD,), {1024: 6.0, 4096: 12.0, 16384: 60.0})

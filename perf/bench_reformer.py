@@ -1,22 +1,18 @@
-"""Reformer's LSH attention, causal, 4 rounds of 64, against torch's dense attention: ``python -m perf.bench_reformer``.
+"""Reformer's LSH attention, causal, 4 rounds of 64, against torch's dense attention: ``python -m perf reformer``.
 
 Hashing and sorting are part of what is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-
 import torch
 from torch import Tensor
 
 import fastattn
 from perf import versus
-from perf.report import Row
-from perf.versus import BOTH, FORWARD, Method, Rival
+from perf.versus import BOTH, FORWARD, Bench, Method, Rival
 
 ROUNDS, BUCKET = 4, 64
-SECONDS = {1024: 8.0, 4096: 15.0, 16384: 70.0}  # of timing, by length
 GOALS = {FORWARD: {4096: 2.0, 16384: 7.0}}
 PEER_GOALS = {FORWARD: {1024: 8.0, 4096: 8.0, 16384: 8.0}}
 MEMORY_GOALS = {BOTH: {16384: 400.0}}  # MB
@@ -25,7 +21,7 @@ MEMORY_GOALS = {BOTH: {16384: 400.0}}  # MB
 def _build(length: int) -> versus.Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor, impl: str | None = None) -> Tensor:
         """k is left out: keys are the queries."""
-        generator = torch.Generator().manual_seed(4)  # the same rotations in each call
+        generator = torch.Generator(q.device).manual_seed(4)  # the same rotations in each call
         return fastattn.lsh_attention(
             q, v, n_hashes=ROUNDS, bucket_size=BUCKET, is_causal=True, generator=generator, impl=impl
         )
@@ -43,15 +39,4 @@ METHOD = Method(
     ),
     MEMORY_GOALS,
 )
-
-
-def rows(
-    lengths: Sequence[int] = versus.LENGTHS, seconds: Mapping[int, float] = SECONDS, *, with_peers: bool = False
-) -> Iterator[Row]:
-    return versus.rows(METHOD, lengths, seconds, with_peers=with_peers)
-
-
-if __name__ == "__main__":
-    from perf.__main__ import main
-
-    main(["reformer"])
+BENCH = Bench((METHOD,), {1024: 8.0, 4096: 15.0, 16384: 70.0})

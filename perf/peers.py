@@ -4,7 +4,7 @@
 likes best is made beforehand, outside of what is timed, and no dropout is on. Where it can't be loaded, ``peer`` raises
 :class:`Missing`, which says why.
 
-    calls = peer("reformer-pytorch").calls(q, k, v, dout)
+    calls = peer("reformer-pytorch", 1024, 8, 64, q.device).calls(q, k, v, dout)
     calls.forward()  # out, in inference mode
     calls.both()  # forward and backward: gradients
 
@@ -53,23 +53,40 @@ class Peer:
 
 
 def attention_calls(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Calls:
-    """Both passes of any function of q, k and v; one that leaves an input out gives it no gradient."""
+    """Both passes of any function of q, k and v; one that leaves an input out gives it no gradient.
+
+    They return when the device is done.
+    """
+
+    def forward() -> Tensor:
+        out = attention(q, k, v)
+        synchronize(q.device)
+        return out
 
     def both() -> tuple[Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(attention(*leaves), leaves, dout, allow_unused=True)
+        gradients = torch.autograd.grad(attention(*leaves), leaves, dout, allow_unused=True)
+        synchronize(q.device)
+        return gradients
 
-    return Calls(torch.inference_mode()(lambda: attention(q, k, v)), both)
+    return Calls(torch.inference_mode()(forward), both)
 
 
-def peer(name: str, length: int, heads: int, head_dim: int) -> Peer:
-    """The peer of that name, for inputs of (B, heads, length, head_dim).
+def synchronize(device: torch.device) -> None:
+    """Waits for what was launched; a CPU is done when a call returns."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def peer(name: str, length: int, heads: int, head_dim: int, device: torch.device) -> Peer:
+    """The peer of that name, for inputs of (B, heads, length, head_dim) on a device.
 
     Raises:
         Missing: it is not installed, or does not load.
     """
     try:
-        return PEERS[name](length, heads, head_dim)
+        with device:  # modules and masks are made there
+            return PEERS[name](length, heads, head_dim)
     except (ImportError, OSError, AttributeError) as problem:
         raise Missing(f"not installed, or does not load: {problem}".splitlines()[0]) from problem
 
@@ -136,6 +153,21 @@ def _causal_linear(length: int, heads: int, head_dim: int) -> Peer:
     return _fast_transformers(CausalLinearAttention(head_dim), length, is_causal=True)
 
 
+def _flash_linear(length: int, heads: int, head_dim: int) -> Peer:
+    from fla.ops.linear_attn import chunk_linear_attn  # pyright: ignore[reportMissingImports]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (nn.functional.elu(x) + 1 for x in (q, k))  # it takes features
+        return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)[0]
+
+    return Peer(attention, _rows_first, lambda x: x.transpose(1, 2))
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """(B, H, N, D) as a contiguous (B, N, H, D)."""
+    return x.transpose(1, 2).contiguous()
+
+
 def _fast_transformers(module: Any, length: int, is_causal: bool = False) -> Peer:
     from fast_transformers.masking import (  # pyright: ignore[reportMissingImports]
         FullMask,
@@ -162,4 +194,5 @@ PEERS: dict[str, Callable[[int, int, int], Peer]] = {
     "fast-transformers' improved clustered": _improved_clustered,
     "fast-transformers' linear": _linear,
     "fast-transformers' causal linear": _causal_linear,
+    "flash-linear-attention's causal linear": _flash_linear,
 }

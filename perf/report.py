@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.measure import Timing
-from fastattn.autotune.tune import deviation
+from fastattn.autotune.problem import deviation
 from fastattn.cli.doctor import compiler, engine_problem, installed
 from fastattn.kernels.cpu import machine
 
@@ -106,9 +106,11 @@ def rate_row(
 
 
 def refuse_if_off(what: str, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where a result is off by more than 1e-4 of the largest value, far above fp32's rounding."""
+    """Raises RuntimeError where a result is off by far more than rounding: in fp32 by over 1e-4 of the largest value,
+    in fp16 and bf16 by over 32 eps of it."""
+    eps = torch.finfo(got[0].dtype).eps
     off = max(deviation(a, b) for a, b in zip(got, wanted, strict=True))
-    if not off <= 1e-4:
+    if not off <= max(1e-4, 32 * eps if eps > 1e-4 else 0.0):
         raise RuntimeError(f"{what} is wrong on this machine, by {off:.1e} of the largest value: nothing was measured")
 
 
@@ -148,16 +150,22 @@ def markdown(bench: str, rows: Sequence[Row], facts: dict[str, str]) -> str:
 def write(bench: str, rows: Sequence[Row], facts: dict[str, str], folder: Path = RESULTS) -> Path:
     """Writes ``folder``/<machine>/<bench>.md and .json, which no other bench touches; returns the former's path."""
     kind = "-".join([facts["CPU"], facts["vectors"], facts["threads"], "threads"])
-    path = folder / re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") / f"{bench}.md"
+    path = folder / slug(kind) / f"{bench}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(bench, rows, facts))
-    figures = [_without_nan({**asdict(row), "verdict": row.verdict}) for row in rows]
+    figures = [fields_of(row) for row in rows]
     path.with_suffix(".json").write_text(json.dumps({"machine": facts, "rows": figures}, indent=1) + "\n")
     return path
 
 
-def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+def slug(name: str) -> str:
+    """A name for a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def fields_of(row: Row) -> dict[str, Any]:
+    """A row for JSON, which has no NaN: None stands there instead."""
+    fields = {**asdict(row), "figure": row.figure, "verdict": row.verdict}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
 

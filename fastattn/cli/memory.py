@@ -7,6 +7,10 @@ import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _STATUS = Path("/proc/self/status")
 
@@ -30,6 +34,23 @@ def extra_memory(call: Callable[[], object]) -> int | None:
     before = _status_bytes("VmRSS")
     result = call()
     peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def extra_device_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which torch's allocations on a GPU rose, at their highest, while ``call`` ran once: results counted,
+    inputs not, as in :func:`extra_memory`."""
+    import torch
+
+    memory = torch.get_device_module(device)
+    gc.collect()
+    memory.synchronize(device)
+    memory.reset_peak_memory_stats(device)
+    before = memory.memory_allocated(device)
+    result = call()
+    memory.synchronize(device)
+    peak = memory.max_memory_allocated(device)
     del result
     return max(0, peak - before)
 

@@ -12,7 +12,7 @@ from perf.__main__ import METHODS
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_measured_forward_and_backward_and_by_memory(name: str):
     bench = METHODS[name]
-    assert tuple(bench.SECONDS) == versus.LENGTHS
+    assert tuple(bench.seconds) == versus.LENGTHS
     rows = list(bench.rows((256,), {256: 0.05}))
     speeds, memory = ([row for row in rows if row.unit == unit] for unit in ("x", "MB"))
     assert [row.what.split(", against")[0].endswith("backward") for row in speeds] == len(speeds) // 2 * [False, True]
@@ -23,15 +23,14 @@ def test_a_method_is_measured_forward_and_backward_and_by_memory(name: str):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_rivals_of_a_method_are_torch_or_peers_that_there_are(name: str):
-    methods = [x for x in vars(METHODS[name]).values() if isinstance(x, versus.Method)]
-    assert methods
-    for rival in (rival for method in methods for rival in method.rivals):
+    assert METHODS[name].methods
+    for rival in (rival for method in METHODS[name].methods for rival in method.rivals):
         assert rival.attention is not None or rival.name in peers.PEERS
 
 
 def test_every_length_of_the_goals_has_its_goal():
     for goals in bench_smyrf.GOALS.values():
-        assert set(goals) == set(bench_smyrf.SECONDS)
+        assert set(goals) == set(bench_smyrf.BENCH.seconds)
     assert set(bench_block_attention.BLOCK_LENGTHS) <= set(bench_block_attention.SECONDS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf import __main__, peers, plot, report, versus
-from perf.versus import BOTH, FORWARD, Method, Rival, dense
+from perf.versus import BOTH, FORWARD, Bench, Method, Place, Rival, dense
 
 FACTS = {"CPU": "Some CPU", "vectors": "avx2", "threads": "1"}
 SECONDS = {128: 0.05, 256: 0.05}
@@ -47,10 +48,25 @@ def test_rows_are_of_both_passes_against_every_rival_and_of_memory():
     assert {row.goal for row in rows if row.unit == "MB" and row.length == 256} in ({None, 1000.0}, set())
 
 
+def test_a_bench_measures_all_of_its_methods():
+    whats = [row.what for row in Bench((method(), replace(method(), name="the other")), SECONDS).rows((128,))]
+    assert [what.partition(",")[0] for what in dict.fromkeys(whats)][::2] == ["it", "it", "the other", "the other"]
+
+
+def test_on_another_place_a_method_has_no_goals_and_may_be_held_against_its_definition():
+    place = Place(dtype=torch.float16, heads=2)
+    rows = list(versus.rows(method(), (128,), SECONDS, with_definition=True, place=place))
+    assert all(row.goal is None for row in rows)
+    assert [row.what for row in rows if row.unit == "x"] == [
+        f"it, {which}, against {whom}" for whom in ("SDPA", "its definition") for which in versus.PASSES
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [wrong_attention, wrong_gradient])
-def test_nothing_is_reported_of_a_method_that_is_wrong(wrong: Any):
+def test_nothing_is_reported_of_a_method_that_is_wrong(wrong: Any, dtype: torch.dtype):
     with pytest.raises(RuntimeError, match="it is wrong on this machine"):
-        next(versus.rows(method(wrong), (128,), SECONDS))
+        next(versus.rows(method(wrong), (128,), SECONDS, place=Place(dtype=dtype)))
 
 
 @pytest.fixture
@@ -98,7 +114,7 @@ def test_a_peer_that_does_not_load_leaves_rows_that_say_so(monkeypatch: pytest.M
 
 
 def test_gradients_come_back_for_each_input_that_is_used():
-    q, k, v, dout = versus.inputs(64, heads=2)
+    q, k, v, dout = versus.inputs(64, Place(heads=2))
     calls = peers.attention_calls(lambda q, k, v: attention(q, q, v), q, k, v, dout)
     assert calls.forward().is_inference()
     assert [x is None for x in calls.both()] == [False, True, False]
@@ -123,15 +139,12 @@ def test_a_series_leaves_out_what_is_not_known():
 def test_every_bench_of_a_method_runs_on_a_factor_of_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     asked: dict[str, Any] = {}
 
-    class Bench:
-        SECONDS = {128: 4.0}  # noqa: RUF012
-
-        @staticmethod
-        def rows(**knobs: Any):
+    class Asked(Bench):
+        def rows(self, *args: Any, **knobs: Any):
             asked.update(knobs)
             return versus.rows(method(), (128,), {128: 0.05})
 
-    monkeypatch.setattr(__main__, "METHODS", {"some": Bench})
+    monkeypatch.setattr(__main__, "METHODS", {"some": Asked((method(),), {128: 4.0})})
     threads = torch.get_num_threads()
     try:
         __main__.main(["methods", "--seconds", "0.5", "--peers", "--threads", "1", "--results", str(tmp_path)])
