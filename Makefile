@@ -25,7 +25,7 @@ PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input i
 without_nvcc := $(shell echo "$$PATH" | tr : '\n' | while read -r dir; do [ -e "$$dir/nvcc" ] || printf ':%s' "$$dir"; done)
 peers_fresh := $(shell [ "$$(cat $(PEERS_STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(PEERS)/bin/python -c "" 2>/dev/null && echo yes)
 
-.PHONY: help demo test fuzz budgets ttsem tritons lint bench bench-peers million front clean rebuild
+.PHONY: help demo test fuzz budgets ttsem tritons lint bench bench-peers million front gpu caches knobs clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -70,6 +70,21 @@ million: $(STAMP)  ## a million tokens through SMYRF on this machine: time, memo
 
 front: $(STAMP)  ## error against attended keys on a real model, with and without what makes rounds go further
 	@$(PY) -m perf.front
+
+# at most so many binaries for a kernel, architecture, dtype and head dim: see docs/tuning.md
+COMPILES ?= 10
+
+caches: $(STAMP)  ## block sizes for every GPU of the table, modelled here, into autotune/shipped (hours; goes on where it was)
+	@$(VENV)/bin/fastattn tune --gpu $(or $(GPU),all) --kernel all --dtype fp16,bf16,fp32 --head-dim 64,128 \
+		--compiles $(COMPILES) --compile-limit 30s --output autotune/shipped
+
+knobs: $(STAMP)  ## every method's knobs against error and time on real q, k and v, drawn into docs/plots
+	@$(PY) -m perf.knobs
+
+# flash-linear-attention is held against ours where it can be installed; its rows say where not
+gpu: $(STAMP)  ## all that wants a GPU, in 25 minutes: tests, tuning, benchmarks, the time model; goes on where it was
+	@$(PIP) -c constraints.txt flash-linear-attention >> $(LOG) 2>&1 || echo "  no flash-linear-attention: see $(LOG)"
+	@$(PY) -m perf.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## take away .venv and every cache in this folder
 	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

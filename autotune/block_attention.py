@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.choice import lookup
-from fastattn.autotune.tune import Problem, Tensors
+from fastattn.autotune.key import Flag
+from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta
 from fastattn.kernels import block_attention as kernels
-from fastattn.kernels.config import Config, TuningSpace
-from fastattn.kernels.launch import Launch, device_kind, run
+from fastattn.kernels.config import Config, Cost
+from fastattn.kernels.launch import Launch, device_kind
 
+REFERENCE = ("block_attention",)
 PATTERN = kernels.Pattern()  # SMYRF's: each block meets its own block of keys
-# (q, k, v, q_index, k_index, *, scale) -> (out, lse), differentiable, in the inputs' dtype
-Reference = Callable[..., tuple[Tensor, Tensor]]
+_CAUSAL = kernels.Pattern(is_causal=True, exclude_self=True, once=True)
+_REFORMER = kernels.Pattern(look_back=1, is_causal=True, exclude_self=True, last_resort=True)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sizes:
     def n_blocks(self) -> int:
         return -(-self.length // self.cluster_size)
 
-    def shape(self) -> dict[str, int]:
+    def shape(self, kernel: str = "") -> dict[str, int]:
         """As the op names the sizes of a call when it looks a configuration up."""
         return {
             "batch": self.batch, "heads": self.heads, "rounds": self.rounds, "n_blocks": self.n_blocks,
@@ -47,76 +49,147 @@ class Sizes:
         }  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(self)
         if self.cluster_size > self.length:
             raise ValueError(f"cluster_size must not be above length {self.length}, got {self.cluster_size}")
 
 
-def kernel_names(start: str = "") -> list[str]:
-    """The kernels of block attention whose names start so. Raises ValueError where there is none."""
-    names = [name for name in kernels.TUNING if name.startswith(start)]
-    if not names:
-        raise ValueError(f"kernel must be one of {', '.join(kernels.TUNING)}, or how some of them begin, got {start!r}")
-    return names
+def representative(head_dim: int) -> list[Sizes]:
+    """What is tuned where nothing is said: blocks of 64, as methods have by default, and of 128."""
+    return [Sizes(head_dim=head_dim, value_dim=head_dim, cluster_size=size) for size in (64, 128)]
+
+
+def flags(kernel: str) -> list[dict[str, Flag]]:
+    """SMYRF's pattern, the causal one, and that of a causal Reformer."""
+    return [dict(vars(pattern)) for pattern in (PATTERN, _CAUSAL, _REFORMER)]
+
+
+def candidates(
+    kernel: str, device_type: str, sizes: Sizes, element_size: int = 4, flags: Mapping[str, Flag] | None = None
+) -> list[Config]:
+    """See :func:`~fastattn.autotune.problem.candidates_of`."""
+    size = sizes.cluster_size
+    pattern = _pattern(flags)
+    first = kernels.heuristic(kernel, device_type, size, size, sizes.head_dim, element_size, pattern)
+    return candidates_of(kernels.TUNING[kernel], first, device_type, {"BLOCK_M": size, "BLOCK_N": size})
+
+
+def cost(
+    kernel: str, sizes: Sizes, element_size: int = 4, config: Config | None = None,
+    flags: Mapping[str, Flag] | None = None,
+) -> Cost:  # fmt: skip
+    pattern = _pattern(flags)
+    neighbours = 1 + pattern.look_back + pattern.look_ahead
+    return kernels.cost(
+        kernel, **sizes.shape(), element_size=element_size, neighbours=neighbours,
+        correct_duplicates=pattern.correct_duplicates, config=config,
+    )  # fmt: skip
+
+
+def example(
+    kernel: str, sizes: Sizes, dtype: torch.dtype, device_type: str, config: Config,
+    flags: Mapping[str, Flag] | None = None,
+) -> Launch:  # fmt: skip
+    """The launch of the first round that other rounds came before, or the only one, without memory."""
+    pattern = _pattern(flags)
+    lead, index = (sizes.batch, sizes.heads, sizes.length), (sizes.rounds, sizes.n_blocks, sizes.cluster_size)
+    x, y = meta(*lead, sizes.head_dim, dtype=dtype), meta(*lead, sizes.value_dim, dtype=dtype)
+    row, rows = meta(*lead), meta(*lead[:2], *index, dtype=torch.int32)
+    dx, dy = (meta(*lead, dim) for dim in (sizes.head_dim, sizes.value_dim))
+    tensors = {"q": x, "k": x, "v": y, "q_index": rows, "k_index": rows, "lse": row, "out": dy, "dout": y}
+    tensors |= {
+        "delta": row,
+        "dq": dx,
+        "dk": dx,
+        "dv": dy,
+        "own_mask": meta(sizes.batch, sizes.length, dtype=torch.bool),
+    }
+    found = [launch for launch in _launches(kernel, tensors, pattern, 1.0, config) if launch.config is config]
+    return found[min(1, len(found) - 1)]
 
 
 def problems(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, reference: Reference, names: Sequence[str]
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, reference: Any, names: Sequence[str], *, plain: bool = False
 ) -> Iterator[Problem]:
-    """One problem for each of the kernels ``names``.
+    """One problem for each of the kernels ``names`` and its flags, the plain ones first, or alone.
 
-    reference: the definition that candidates are held against. It is an argument since the tuner stands below it.
+    reference: ``fastattn.reference.block_attention``, the definition that candidates are held against. It is an
+    argument since the tuner stands below it. Where queries leave their own key to a kernel of its own, that one's time
+    is in the kernel's.
     """
-    q, k, v, dout, q_index, k_index = _inputs(sizes, dtype, device)
+    given = _inputs(sizes, dtype, device)
+    for options in flags(names[0])[: 1 if plain else None]:
+        yield from _problems_of(given, sizes, dtype, device, reference.block_attention, names, _pattern(options))
+
+
+def _problems_of(
+    given: Tensors, sizes: Sizes, dtype: torch.dtype, device: torch.device, reference: Callable[..., Tensors],
+    names: Sequence[str], pattern: kernels.Pattern,
+) -> Iterator[Problem]:  # fmt: skip
+    q, k, v, dout, q_index, k_index = given
     scale = 1 / math.sqrt(sizes.head_dim)
     inputs = {"q": q, "k": k, "v": v, "q_index": q_index, "k_index": k_index}
+    if pattern.own_key:
+        inputs["own_mask"] = torch.ones(sizes.batch, sizes.length, dtype=torch.bool, device=device)
+    options = {"scale": scale, "is_causal": pattern.is_causal, "look_back": pattern.look_back}
+    options["self_mode"] = "last_resort" if pattern.last_resort else "once" if pattern.once else "attend"
     backward = any("backward" in name for name in names)
-    exact = _solve(reference, [x.double() for x in (q, k, v, dout)], q_index, k_index, scale, backward=backward)
-    plain = _solve(reference, [q, k, v, dout], q_index, k_index, scale, backward=backward)
-    out, lse = exact["out"], exact["lse"]
-    delta = (dout.double() * out).sum(-1).float()
+    rows = (q_index, k_index)
+    exact = _solve(reference, [x.double() for x in (q, k, v, dout)], rows, options, backward=backward)
+    plain = _solve(reference, [q, k, v, dout], rows, options, backward=backward)
+    fp32 = {"dtype": torch.float32, "device": device}
     for name in names:
-        fp32 = {"dtype": torch.float32, "device": device}
         if name == "block_attention_forward":
-            state_dtype = torch.float32 if sizes.rounds > 1 else dtype
-            tensors = inputs | {"out": torch.zeros(out.shape, dtype=state_dtype, device=device)}
-            tensors |= {"lse": torch.full(lse.shape, float("-inf"), **fp32)}
+            state_dtype = torch.float32 if sizes.rounds > 1 or pattern.own_key else dtype
+            tensors = inputs | {"out": torch.empty(exact["out"].shape, dtype=state_dtype, device=device)}
+            tensors |= {"lse": torch.empty(exact["lse"].shape, **fp32)}
             written = ("out", "lse")
         else:
             written = ("dq",) if name == "block_attention_backward_dq" else ("dk", "dv")
-            tensors = {"dout": dout} | inputs | {"lse": lse.float(), "delta": delta}
-            tensors |= {x: torch.zeros(exact[x].shape, **fp32) for x in written}
-        launch = _launcher(name, tensors, scale, device)
+            out, lse = exact["out"], exact["lse"].float()
+            if pattern.last_resort:  # the lowest bit says where an own key was the last resort
+                _, lse = kernels.forward(q, k, v, *rows, **options)
+            tensors = {"dout": dout} | inputs | {"lse": lse, "delta": (dout.double() * out).sum(-1).float()}
+            tensors |= {x: torch.empty(exact[x].shape, **fp32) for x in ("dq", "dk", "dv")}
+
+        def launches(config: Config, tensors: Mapping[str, Tensor], name: str = name) -> Iterable[Launch]:
+            return _launches(name, tensors, pattern, scale, config)
+
         yield Problem(
             kernel=name,
             device=device,
             dtype=dtype,
             shape=sizes.shape(),
-            flags=vars(PATTERN),
+            flags=dict(vars(pattern)),
             sizes=dict(vars(sizes)),
-            candidates=candidates(name, device_kind(device), sizes, dtype.itemsize),
-            run=launch,
+            candidates=candidates(name, device_kind(device), sizes, dtype.itemsize, vars(pattern)),
+            run=launcher(tensors, launches),
             outputs=tuple(tensors[x] for x in written),
             expected=tuple(exact[x] for x in written),
             plain=tuple(plain[x] for x in written),
         )
 
 
-def candidates(kernel: str, device_type: str, sizes: Sizes, element_size: int = 4) -> list[Config]:
-    """The heuristic's choice, then the rest of the space by how many doublings it is away from that.
+def _launches(
+    kernel: str, tensors: Mapping[str, Tensor], pattern: kernels.Pattern, scale: float, config: Config
+) -> Iterator[Launch]:
+    """Those of ``kernel`` and, where own keys are apart, of theirs, which begins a backward and ends a forward."""
+    order = [kernel]
+    if pattern.own_key:
+        order = [kernel, "block_attention_own_key_forward"]
+        if kernel != "block_attention_forward":
+            order = ["block_attention_own_key_backward", kernel]
+    begins = {"out_ptr": 0.0, "lse_ptr": -math.inf} if order[0] == "block_attention_forward" else {}
+    if "backward" in kernel:
+        begins = {"dq_ptr": 0.0, "dk_ptr": 0.0, "dv_ptr": 0.0}
+    for name in order:
+        for launch in kernels.launches_of(name, tensors, pattern, scale, {kernel: config}):
+            begun = [argument for argument in begins if launch.args.get(argument) is not None]
+            yield replace(launch, fill={argument: begins.pop(argument) for argument in begun})
 
-    Tiles that are larger than a block rounded up to a power of two do nothing but masked work, and are left out.
-    """
-    size = sizes.cluster_size
-    first = kernels.heuristic(kernel, device_type, size, size, sizes.head_dim, element_size)
-    if device_type == "cpu":
-        first = Config(first.blocks)  # it has no warps and stages
-    largest = max(16, 1 << (size - 1).bit_length())
-    space: TuningSpace = kernels.TUNING[kernel]
-    fitting = [c for c in space.configs(device_type) if max(c.blocks.values()) <= largest and c != first]
-    return [first, *sorted(fitting, key=lambda config: (_doublings(first, config), sorted(config.blocks.items())))]
+
+def _pattern(flags: Mapping[str, Flag] | None) -> kernels.Pattern:
+    return PATTERN if flags is None else kernels.Pattern(**flags)  # pyright: ignore[reportArgumentType]
 
 
 def launches_ahead(
@@ -167,18 +240,11 @@ def _flags(pattern: kernels.Pattern) -> str:
     return "".join(f", {name}" for name, value in vars(pattern).items() if value is True and name != "wrap")
 
 
-def _doublings(a: Config, b: Config) -> float:
-    pairs = [(a.blocks[name], b.blocks[name]) for name in a.blocks]
-    pairs += [(a.num_warps, b.num_warps), (a.num_stages, b.num_stages), (a.num_ctas, b.num_ctas)]
-    return sum(abs(math.log2(x / y)) for x, y in pairs)
-
-
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensors:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(dim: int) -> Tensor:
-        x = torch.randn(sizes.batch, sizes.heads, sizes.length, dim, generator=generator)
-        return x.to(device, dtype)
+    def rows_of(dim: int) -> Tensor:
+        return draw((sizes.batch, sizes.heads, sizes.length, dim), generator, device, dtype)
 
     def partition() -> Tensor:
         lead = (sizes.batch, sizes.heads, sizes.rounds)
@@ -187,28 +253,20 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensors:
         padded[..., : sizes.length] = rows
         return padded.unflatten(-1, (sizes.n_blocks, sizes.cluster_size)).to(device)
 
-    q, k = draw(sizes.head_dim), draw(sizes.head_dim)
-    return q, k, draw(sizes.value_dim), draw(sizes.value_dim), partition(), partition()
+    q, k = rows_of(sizes.head_dim), rows_of(sizes.head_dim)
+    return q, k, rows_of(sizes.value_dim), rows_of(sizes.value_dim), partition(), partition()
 
 
 def _solve(
-    reference: Reference, tensors: list[Tensor], q_index: Tensor, k_index: Tensor, scale: float, *, backward: bool
-) -> dict[str, Tensor]:
+    reference: Callable[..., Tensors], tensors: list[Tensor], rows: Tensors, options: Mapping[str, Any], *,
+    backward: bool,
+) -> dict[str, Tensor]:  # fmt: skip
     q, k, v, dout = tensors
     if not backward:
-        out, lse = reference(q, k, v, q_index, k_index, scale=scale)
+        out, lse = reference(q, k, v, *rows, **options)
         return {"out": out, "lse": lse}
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, lse = reference(*leaves, q_index, k_index, scale=scale)
+        out, lse = reference(*leaves, *rows, **options)
         dq, dk, dv = torch.autograd.grad(out, leaves, dout)
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
-
-
-def _launcher(kernel: str, tensors: dict[str, Tensor], scale: float, device: torch.device) -> Callable[[Config], Any]:
-    def launch(config: Config) -> None:
-        run(kernels.launches_of(kernel, tensors, PATTERN, scale, {kernel: config}))
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)
-
-    return launch

@@ -1,28 +1,43 @@
-"""Which configuration a call gets, and why: from this very device, or else from another of its architecture."""
+"""Which configuration a call gets, and why: measured before modelled, this very device before its relatives."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from fastattn.kernels.config import Config
-from fastattn.kernels.settings import CACHE_DIR_VARIABLE
+from fastattn.kernels.settings import fingerprint
 
 if TYPE_CHECKING:
+    from fastattn.autotune.device import DeviceName
     from fastattn.autotune.key import Key
     from fastattn.autotune.schema import Entry, Row
+    from fastattn.autotune.store import Store
 
-# Answers by call. One call in a program's life reads files; the others end here.
-_answers: dict[tuple[Any, ...], Config | None] = {}
+_T = TypeVar("_T")
 _MOST_ANSWERS = 4096  # shapes may differ at every call
-_entries: dict[tuple[str | None, str, str], list[Entry]] = {}
-_lock = threading.Lock()
-_generation = 0  # of the files that answers came from; forget() begins a new one
+_generations = count()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was read and answered since the last :func:`forget`, which puts a new one in place: whoever is still at work
+    with the old one writes into what nobody asks any more, and no lock is needed.
+
+    answers: by call. One call in a program's life reads files; the others end here. contents: of files, by what was
+    asked of them.
+    """
+
+    generation: int = field(default_factory=lambda: next(_generations))
+    answers: dict[tuple[Any, ...], Config | None] = field(default_factory=dict)
+    contents: dict[Hashable, Any] = field(default_factory=dict)
+
+
+_known = _Known()
 
 
 @dataclass(frozen=True)
@@ -44,86 +59,148 @@ def lookup(
     selects other code. Give names in one order. The cache's files are read once for a kernel; what other processes
     write later is seen after :func:`forget`.
     """
-    call = (kernel, device, dtype, *shape.items(), *flags.items(), stamp())
+    known = _known
+    call = (kernel, device, dtype, *shape, *shape.values(), *flags, *flags.values(), stamp())
     try:
-        return _answers[call]
+        return known.answers[call]
     except KeyError:
         pass
     config = explain(kernel, device, dtype, shape, flags).config
-    with _lock:
-        if len(_answers) >= _MOST_ANSWERS:
-            _answers.clear()
-        _answers[call] = config
+    if len(known.answers) >= _MOST_ANSWERS:
+        known.answers.clear()
+    known.answers[call] = config
     return config
 
 
 def stamp() -> tuple[object, ...]:
     """Changes whenever :func:`lookup` may answer a question differently: who keeps its answers keeps this with them."""
-    return _generation, torch.get_num_threads(), os.environ.get(CACHE_DIR_VARIABLE)
+    return _known.generation, torch.get_num_threads(), fingerprint()
 
 
 def explain(
-    kernel: str, device: torch.device, dtype: torch.dtype, shape: Mapping[str, int], flags: Mapping[str, Any]
-) -> Choice:
-    """What :func:`lookup` answers, with its reason."""
+    kernel: str, device: torch.device | DeviceName, dtype: torch.dtype, shape: Mapping[str, int],
+    flags: Mapping[str, Any],
+) -> Choice:  # fmt: skip
+    """What :func:`lookup` answers, with its reason; for a device that is not in this machine too, by its name."""
     # kernels need Triton, and the files' format needs pydantic: neither is for an import of fastattn to load
     try:
         from fastattn.autotune.device import describe
         from fastattn.autotune.key import key_for
 
-        key = key_for(kernel, describe(device), dtype, shape, flags)
+        name = describe(device) if isinstance(device, torch.device) else device
+        key = key_for(kernel, name, dtype, shape, flags)
     except ImportError as error:
         return Choice(None, f"no kernel can run here: {error}")
-    return choose(key, _entries_of(kernel, key.arch))
+    from fastattn.autotune.pins import pin_for, pins_in_force
+    from fastattn.autotune.store import default_store, shipped_store
+
+    pinned = _read_once("pins", pins_in_force)
+    if pinned is not None:
+        file, pins = pinned
+        found = pin_for(key, pins)
+        if found is None:  # a heuristic is as steady as a pin, and what was tuned is not
+            return Choice(None, f"not pinned in {file}, and while that is there, nothing tuned is used")
+        return Choice(found[1].launch_config(), f"pinned in {file}", *found)
+
+    def rows_of(store: Callable[[], Store]) -> list[Entry]:
+        return _read_once((store, kernel, key.arch), lambda: store().read(kernel, key.arch))
+
+    return choose(key, rows_of(default_store), lambda: rows_of(shipped_store))
 
 
-def choose(key: Key, entries: list[Entry]) -> Choice:
-    """The best row for ``key`` among ``entries``.
+def choose(key: Key, own: Sequence[Entry], shipped: Callable[[], Sequence[Entry]] = tuple) -> Choice:
+    """The best row for ``key``. own: the user's entries. shipped: gives those that came with the package; asked only
+    where nothing of one's own was measured on this very device.
 
-    Rows that were measured on the same device come first, then those of another device of the same architecture (of a
-    CPU: first with another number of threads). Of equals, the nearest length; of that, the fastest row.
+    What was measured comes before what was modelled, and each on the same device before another of its architecture
+    (of a CPU: first with another number of threads); of equals, one's own before shipped ones. Of the entries that are
+    then left, the nearest length; of that, the fastest row. Results that were once found wrong, at whatever size, rule
+    a configuration out, and a failure rules out what was only modelled.
     """
-    from fastattn.autotune.schema import MEASURED, best
-    from fastattn.autotune.shape import distance
+    from fastattn.autotune.schema import MEASURED, MODELLED
 
-    tiers = {
-        "measured on this device": set(),
-        "measured on this device with another number of threads": {"threads"},
-        "measured on another device of this architecture": {"threads", "device"},
-    }
-    for why, may_differ in tiers.items():
-        near = [
-            (distance(key.shape, entry.key.shape), entry.key.identity(), entry)
-            for entry in entries
-            if set(key.differences(entry.key)) <= may_differ
-        ]
-        for apart, _, entry in sorted(near, key=lambda item: item[:2]):
-            row = best(entry.rows, MEASURED)
-            if apart == float("inf") or row is None:
-                continue
-            if apart:
-                why += f", at other lengths or counts ({_counts(entry.key)})"
-            return Choice(row.launch_config(), why, entry.key, row)
-    return Choice(None, _why_not(key, entries))
+    places = {"": _fitting(key, own)}
+    for why, label, may_differ in (
+        ("measured on this device", MEASURED, set()),
+        ("measured on this device with another number of threads", MEASURED, {"threads"}),
+        ("measured on another device of this architecture", MEASURED, {"threads", "device"}),
+        ("modelled for this device", MODELLED, {"threads"}),
+        ("modelled for another device of this architecture", MODELLED, {"threads", "device"}),
+    ):
+        for place in ("", ", as shipped with fastattn"):
+            if place not in places:
+                places[place] = _fitting(key, shipped())
+            near = [fit for fit in places[place] if fit.differ <= may_differ]
+            found = _best(near, label, _ruled_out(chain(*places.values()), label))
+            if found is not None:
+                entry, row = found
+                counts = f", at other lengths or counts ({_counts(entry.key)})" if entry.key.shape != key.shape else ""
+                return Choice(row.launch_config(), why + place + counts, entry.key, row)
+    return Choice(None, _why_not(key, [*own, *shipped()]))
 
 
 def forget() -> None:
     """Lets the next lookup read the files anew."""
-    global _generation
-    with _lock:
-        _generation += 1
-        _entries.clear()
-        _answers.clear()
+    global _known
+    _known = _Known()
 
 
-def _entries_of(kernel: str, arch: str) -> list[Entry]:
-    from fastattn.autotune.store import default_store
+def _read_once(what: Hashable, read: Callable[[], _T]) -> _T:
+    """``read()``, at most once for ``what`` and a place of the cache until :func:`forget`."""
+    contents, name = _known.contents, (what, fingerprint())
+    if name not in contents:
+        contents[name] = read()
+    return contents[name]
 
-    name = (os.environ.get(CACHE_DIR_VARIABLE), kernel, arch)
-    with _lock:
-        if name not in _entries:
-            _entries[name] = default_store().read(kernel, arch)
-        return _entries[name]
+
+class _Fit(NamedTuple):
+    """An entry for the code that a key names. apart: how far its shape is off; differ: which fields of its key do."""
+
+    apart: float
+    identity: str
+    entry: Entry
+    differ: set[str]
+
+
+def _fitting(key: Key, entries: Iterable[Entry]) -> list[_Fit]:
+    """Those of ``entries`` that may serve a call of ``key`` at all, the nearest first."""
+    from fastattn.autotune.shape import distance
+
+    found = []
+    for entry in entries:
+        fit = _Fit(distance(key.shape, entry.key.shape), entry.key.identity(), entry, _differences(key, entry.key))
+        if fit.differ <= {"threads", "device"} and fit.apart < float("inf"):
+            found.append(fit)
+    return sorted(found, key=lambda fit: fit[:2])
+
+
+def _differences(key: Key, other: Key) -> set[str]:
+    """Fields in which two keys differ; one chip may have several names."""
+    from fastattn.autotune.devices import devices
+
+    differ = set(key.differences(other))
+    names = {key.device, other.device}
+    if differ == {"device"} and any(names <= {device.title, *device.also} for device in devices().values()):
+        return set()
+    return differ
+
+
+def _ruled_out(fits: Iterable[_Fit], label: str) -> set[Config]:
+    from fastattn.autotune.schema import MODELLED, OK, WRONG
+
+    rows = [row for fit in fits for row in fit.entry.rows if not row.config.model_extra]
+    return {row.launch_config() for row in rows if row.verdict == WRONG or (label == MODELLED and row.verdict != OK)}
+
+
+def _best(fits: Iterable[_Fit], label: str, ruled_out: set[Config]) -> tuple[Entry, Row] | None:
+    """The best row of the first entry that has one."""
+    from fastattn.autotune.schema import best
+
+    for fit in fits:
+        row = best((row for row in fit.entry.rows if row.launch_config() not in ruled_out), label)
+        if row is not None:
+            return fit.entry, row
+    return None
 
 
 def _counts(key: Key) -> str:

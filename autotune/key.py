@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fastattn.autotune.device import DeviceName, machine_compiler, triton_version
 from fastattn.autotune.shape import bucket
@@ -14,6 +15,7 @@ from fastattn.autotune.source import source_hash
 from fastattn.kernels.config import FP_FUSION
 
 Flag = bool | int | str
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Key(BaseModel):
@@ -31,7 +33,7 @@ class Key(BaseModel):
     device: str
     threads: int | None = None
     dtype: str
-    shape: dict[str, int]
+    shape: dict[str, Count]
     flags: dict[str, Flag] = {}
     triton: str
     compiler: str
@@ -64,3 +66,15 @@ def key_for(
         compiler=machine_compiler(device.arch),
         fp_fusion=FP_FUSION,
     )
+
+
+def outdated(key: Key) -> list[str]:
+    """Names of the fields that say ``key`` belongs to other code than this installation's: its rows serve nobody here.
+
+    Raises ValueError for a kernel that this fastattn does not have, ImportError where Triton is missing.
+    """
+    present = {
+        "source": source_hash(key.kernel), "triton": triton_version(), "compiler": machine_compiler(key.arch),
+        "fp_fusion": FP_FUSION,
+    }  # fmt: skip
+    return [name for name, value in present.items() if value != getattr(key, name)]

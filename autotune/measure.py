@@ -32,11 +32,13 @@ def take_turns(
     *,
     give_up: float = GIVE_UP,
     on_sample: Callable[[], object] | None = None,
+    wait: Callable[[], object] | None = None,
 ) -> dict[K, Timing]:
     """Times every call, in shuffled turns, until ``deadline`` (of ``time.monotonic()``) or for :data:`MOST_ROUNDS`.
 
-    Each call was run before, so that nothing is built here. The first round is always finished. ``calls`` return when
-    their work is done. ``give_up``: infinity keeps every call in the race, for who wants all times and not the best.
+    Each call was run before, so that nothing is built here. The first round is always finished. ``give_up``: infinity
+    keeps every call in the race, for who wants all times and not the best. ``wait``: returns when the work of all calls
+    before is done, on a device that ``calls`` do not wait for.
     """
     order = random.Random(0)
     samples: dict[K, list[float]] = {name: [] for name in calls}
@@ -47,10 +49,10 @@ def take_turns(
         for name in in_race:
             if turn > 0 and time.monotonic() >= deadline:
                 return {name: _timing(values) for name, values in samples.items()}
-            sample = _sample(calls[name], repeats[name])
+            sample = _sample(calls[name], repeats[name], wait)
             if turn == 0 and sample < LEAST_SAMPLE_US:
                 repeats[name] = min(1000, int(LEAST_SAMPLE_US / max(sample, 1.0)) + 1)
-                sample = _sample(calls[name], repeats[name])
+                sample = _sample(calls[name], repeats[name], wait)
             samples[name].append(sample)
             if on_sample is not None:
                 on_sample()
@@ -60,10 +62,12 @@ def take_turns(
     return {name: _timing(values) for name, values in samples.items()}
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], object] | None) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    if wait is not None:
+        wait()
     return (time.perf_counter() - start) * 1e6 / repeats
 
 

@@ -2,23 +2,23 @@
 
 A file holds entries (a key and its rows); a row is one line, so that files can be read, compared and reviewed. Within a
 schema version keys, entries and rows may only gain fields, and who rewrites a file keeps the fields that it does not
-know. Whatever breaks that rule gets the next version number.
+know. Whatever breaks that rule gets the next version number, and a step in :mod:`fastattn.autotune.migrate`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from fastattn.autotune.key import Key
+from fastattn.autotune.key import Count, Key
+from fastattn.autotune.migrate import NoWay, migrate
 from fastattn.kernels.config import Config
 
 SCHEMA_VERSION = 1
-MEASURED = "measured"
+MEASURED, MODELLED = "measured", "modelled"  # how a time is known: it was taken, or worked out without the device
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -34,16 +34,16 @@ class ConfigFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    blocks: dict[str, int]
-    num_warps: int
-    num_stages: int
-    num_ctas: int
+    blocks: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]  # some are switches
+    num_warps: Count
+    num_stages: Count
+    num_ctas: Count
 
 
 class Row(BaseModel):
     """What is known of one configuration.
 
-    label: how the time is known, ``"measured"`` or ``"modelled"``. time_us, spread_us: median and quartiles of the
+    label: how the time is known, :data:`MEASURED` or :data:`MODELLED`. time_us, spread_us: median and quartiles of the
     kernel alone, all its rounds. runs: how many. verdict: ``"ok"``, or why the configuration must not be used:
     ``"wrong"`` (its results), ``"failed"`` (to build or to run), or a word of a later version; ``reason`` says more.
     error, tolerance: the largest deviation from the reference and the largest allowed, as shares of the largest value.
@@ -63,7 +63,7 @@ class Row(BaseModel):
     reason: str | None = None
     problem: dict[str, int] = {}
     terms: dict[str, float | int | str | bool | None] = {}
-    written: datetime
+    written: AwareDatetime
 
     def launch_config(self) -> Config:
         return Config.from_dict(self.config.model_dump())
@@ -81,12 +81,13 @@ class Entry(BaseModel):
     rows: list[Row]
 
 
-def best(rows: Iterable[Row], label: str) -> Row | None:
-    """The fastest usable row of a label; equal times are told apart by their configuration, the same way everywhere."""
+def best(rows: Iterable[Row], label: str | None = None) -> Row | None:
+    """The fastest usable row of a label, None is any; equal times are told apart by their configuration, the same way
+    everywhere."""
     timed = [
         (row.time_us, row.identity(), row)
         for row in rows
-        if row.label == label and row.verdict == OK and row.time_us is not None and not row.config.model_extra
+        if label in (None, row.label) and row.verdict == OK and row.time_us is not None and not row.config.model_extra
     ]
     return min(timed, key=lambda item: item[:2])[2] if timed else None
 
@@ -100,9 +101,10 @@ def merge(*sources: Iterable[Entry]) -> list[Entry]:
         entries[name] = entry
         known = rows.setdefault(name, {})
         for row in entry.rows:
-            earlier = known.get(row.identity())
+            identity = row.identity()
+            earlier = known.get(identity)
             if earlier is None or row.written >= earlier.written:
-                known[row.identity()] = row
+                known[identity] = row
     return [
         entries[name].model_copy(update={"rows": [rows[name][row] for row in sorted(rows[name])]})
         for name in sorted(entries)
@@ -125,15 +127,19 @@ def load(text: str) -> list[Entry]:
     """The entries of a cache file's text. Raises :class:`Unreadable`."""
     try:
         document: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"it is not JSON ({error})") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise Unreadable(f"it has schema version {version}, and this fastattn knows up to {SCHEMA_VERSION}")
-    if version != SCHEMA_VERSION or not isinstance(document.get("entries"), list):
-        raise Unreadable(f"it has no schema version {SCHEMA_VERSION} with a list of entries")
+    if type(version) is not int:
+        raise Unreadable("it has no schema version")
     try:
-        return [Entry.model_validate(entry) for entry in document["entries"]]
+        entries = migrate(document, version, SCHEMA_VERSION).get("entries")
+    except NoWay as error:
+        raise Unreadable(str(error)) from error
+    if not isinstance(entries, list):
+        raise Unreadable("it has no list of entries")
+    try:
+        return [Entry.model_validate(entry) for entry in entries]
     except ValidationError as error:
         first = error.errors()[0]
         raise Unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,7 +1,8 @@
 """``python -m perf [smyrf] [launch] ...``: measure, print, and write a table a bench to ``perf/results/<machine>/``.
 
 ``python -m perf methods --peers`` takes the methods alone, with other libraries beside them; ``python -m perf plot``
-draws what was measured over the length.
+draws what was measured over the length. ``python -m perf ranking`` holds the tuner's time model against times, and
+``python -m perf heuristics`` what kernels run untuned against the best that tuning can find.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from perf import (
     bench_linear,
     bench_reformer,
     bench_smyrf,
+    heuristics,
     plot,
+    ranking,
     report,
 )
 from perf.report import Row
 
 METHODS = {  # each against torch's attention and its peers
-    "smyrf": bench_smyrf,
-    "reformer": bench_reformer,
-    "clustered": bench_clustered,
-    "improved": bench_improved,
-    "linear": bench_linear,
+    "smyrf": bench_smyrf.BENCH,
+    "reformer": bench_reformer.BENCH,
+    "clustered": bench_clustered.BENCH,
+    "improved": bench_improved.BENCH,
+    "linear": bench_linear.BENCH,
 }
 BENCHES = [*METHODS, "block_attention", "launch"]
 
@@ -39,7 +42,10 @@ BENCHES = [*METHODS, "block_attention", "launch"]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf", description="Speed and memory against torch, beside goals.")
     parser.add_argument(
-        "what", nargs="*", choices=[[], *BENCHES, "methods", "plot"], help="benches (default: all), or plot"
+        "what",
+        nargs="*",
+        choices=[[], *BENCHES, "methods", "plot", "ranking", "heuristics"],
+        help="benches (default: all), or plot, ranking or heuristics",
     )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2, which the goals are for)")
     parser.add_argument("--peers", action="store_true", help="other libraries as well: see `make bench-peers`")
@@ -50,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.what == ["plot"]:
         for path in plot.draw_all(chosen.results):
             print(f"written to {path}", file=sys.stderr)
+        return
+    if chosen.what == ["ranking"]:
+        ranking.main(chosen.seconds * ranking.SECONDS, chosen.results)
+        return
+    if chosen.what == ["heuristics"]:
+        print(f"written to {heuristics.main(chosen.seconds * heuristics.SECONDS, chosen.results)}", file=sys.stderr)
         return
     torch.set_num_threads(chosen.threads)
     facts = report.machine_facts()
@@ -67,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _rows(bench: str, factor: float, with_peers: bool) -> Iterator[Row]:
     if bench in METHODS:
-        module = METHODS[bench]
-        return module.rows(seconds=_scaled(module.SECONDS, factor), with_peers=with_peers)
+        it = METHODS[bench]
+        return it.rows(seconds=_scaled(it.seconds, factor), with_peers=with_peers)
     if bench == "launch":
         return bench_launch.rows(seconds=factor * bench_launch.SECONDS)
     return bench_block_attention.rows(seconds=_scaled(bench_block_attention.SECONDS, factor))

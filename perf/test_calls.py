@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.autotune.choice import lookup
+from fastattn.autotune.choice import lookup, stamp
 from fastattn.kernels.cpu.build import find_compiler
 from fastattn.ops.argsort import stable_argsort
 from fastattn.ops.block_attention import attend_blocks
@@ -56,6 +56,13 @@ def test_sorting_the_hashes_of_four_rounds(benchmark: Any) -> None:
 
 
 def test_a_lookup_of_a_tuned_configuration(benchmark: Any) -> None:
+    from fastattn.kernels.block_attention import Pattern
+
     shape = {"batch": 1, "heads": 8, "rounds": 4, "n_blocks": 64, "c_q": 64, "c_k": 64, "head_dim": 64, "value_dim": 64}
-    call = ("block_attention_forward", torch.device("cpu"), torch.float32, shape, {"is_causal": False})
+    call = ("block_attention_forward", torch.device("cpu"), torch.float32, shape, vars(Pattern()))
     assert benchmark(lookup, *call) == lookup(*call)
+
+
+def test_whether_answers_of_lookups_still_hold(benchmark: Any) -> None:
+    """What every call of an op asks, and the lookup itself only where it does not know the call."""
+    assert benchmark(stamp) == stamp()

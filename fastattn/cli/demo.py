@@ -144,14 +144,13 @@ def _sequences() -> None:
 
 def _tuning() -> None:
     """Measures a few block sizes on this CPU for the sequences above; what it finds stays for later runs."""
-    from fastattn.autotune.block_attention import Sizes
     from fastattn.cli._sequence import CLUSTER, HEAD_DIM
-    from fastattn.cli.tune import print_outcomes, tune_block_attention
+    from fastattn.cli.tune import print_outcomes, tune_kernels
     from fastattn.kernels.errors import Unsupported
 
-    sizes = Sizes(cluster_size=CLUSTER, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
+    options = {"head_dims": [HEAD_DIM], "cluster_size": [CLUSTER], "device": "cpu", "plain": True}
     try:
-        outcomes = tune_block_attention([sizes], TUNING_SECONDS, kernel=TUNED, console=console)
+        outcomes = tune_kernels(TUNED, TUNING_SECONDS, console=console, **options).outcomes
     except Unsupported as error:
         console.print(f"[yellow]nothing to tune[/yellow]: {error}")
         return

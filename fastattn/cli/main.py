@@ -10,7 +10,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("demo", "doctor", "build", "tune", "export")
+COMMANDS = ("demo", "doctor", "build", "devices", "tune", "calibrate", "export")
 GROUPS = ("cache",)
 
 app = typer.Typer(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,110 +15,221 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastattn.autotune.block_attention import Sizes
+    from fastattn.autotune.schema import Row
+    from fastattn.autotune.shard import Tuned
     from fastattn.autotune.tune import Outcome
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_MOST_IN_FULL = 4  # problems whose every candidate is printed
 
 
 def command(
-    kernel: Annotated[str, typer.Option(help="A kernel, or how the names of several begin.")] = "block_attention",
+    kernel: Annotated[str, typer.Option(help="all, or names or how they begin, with commas between them.")] = "all",
     head_dim: Annotated[str, typer.Option(help="Head dims, as in 64,128.")] = "64",
-    cluster_size: Annotated[str, typer.Option(help="Block sizes of queries and keys, as in 64,128.")] = "64",
-    length: Annotated[int, typer.Option(min=1, help="Tokens; results serve other lengths too.")] = 4096,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
-    budget: Annotated[str, typer.Option(help="Time for all of it, as in 30s or 2m.")] = "30s",
+    dtype: Annotated[str, typer.Option(help=f"Types of q, k and v, of {','.join(DTYPES)}.")] = "fp32",
+    cluster_size: Annotated[str | None, typer.Option(help="Block sizes of queries and keys, as in 64,128.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens; results serve other lengths too.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1)] = None,
+    budget: Annotated[str, typer.Option(help="Wall-clock time for all of it, as in 60s, 5m or 1h.")] = "60s",
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Every candidate, not only those near the best.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Without causal attention and other options.")] = False,
+    device: Annotated[str | None, typer.Option(help="As torch names it; by default a GPU if there is one.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPUs that need not be here, as in h100,l4, or all: kernels are compiled, not run."),
+    ] = None,
+    compiles: Annotated[
+        int, typer.Option(help="With --gpu: the most for a kernel, architecture, dtype and head dim; 1 to 12.")
+    ] = 12,
+    compile_limit: Annotated[str, typer.Option(help="With --gpu: a compile that takes longer is killed.")] = "60s",
+    jobs: Annotated[int | None, typer.Option(min=1, help="With --gpu: compilers at a time; by default, cores.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --gpu: write the best rows into this folder, to be shipped.")
+    ] = None,
 ) -> None:
-    """Find the fastest block sizes for this machine's CPU, and remember them.
+    """Find the fastest block sizes for this machine, and remember them.
 
-    Each run tries what no run before has tried, next to the best so far, so that several short runs do what a long one
-    does. Every candidate's results are compared with the definition in float64 first.
+    Sizes that are not given are what methods have by default. Each run tries what no run before has tried, next to the
+    best so far, so that several short runs do what a long one does. Every candidate's results are compared with the
+    definition in float64 first.
+
+    With --gpu, nothing runs: binaries of the most promising candidates are read for what they take, and a model ranks
+    them. It can be stopped, and goes on where it was.
     """
-    from fastattn.autotune.block_attention import Sizes
     from fastattn.kernels.errors import Unsupported
 
     console = Console()
     try:
         seconds = parse_budget(budget)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        jobs = [
-            Sizes(length=length, cluster_size=size, head_dim=dim, value_dim=dim, heads=heads)
-            for dim in integers("head_dim", head_dim)
-            for size in integers("cluster_size", cluster_size)
-        ]
-        outcomes = tune_block_attention(jobs, seconds, kernel=kernel, dtype=dtype, console=console)
-    except (ValueError, Unsupported, TimeoutError, OSError) as error:
+        given = {"cluster_size": None if cluster_size is None else integers("cluster_size", cluster_size)}
+        given |= {"length": [length] if length else None, "heads": [heads] if heads else None}
+        if gpu is not None:
+            if device is not None or exhaustive:
+                raise ValueError("--device and --exhaustive are for measuring; with --gpu nothing runs")
+            from fastattn.cli._offline import tune_for_gpus
+            from fastattn.cli._tuning import names_of
+
+            tune_for_gpus(
+                gpu, names_of(kernel), [DTYPES[name] for name in dtypes_of(dtype)], integers("head_dim", head_dim),
+                compiles=compiles, limit_s=parse_budget(compile_limit), jobs=jobs, output=output, plain=plain,
+                given={name: values for name, values in given.items() if values}, console=console,
+            )  # fmt: skip
+            return
+        tuned = tune_kernels(
+            kernel, seconds, dtypes=dtypes_of(dtype), head_dims=integers("head_dim", head_dim), device=device,
+            plain=plain, is_full=exhaustive, console=console, **given,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, Unsupported, TimeoutError, OSError) as error:
         console.print(f"[red]nothing was tuned:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    print_outcomes(outcomes, console)
+    if not is_first_worker():
+        return
+    print_outcomes(tuned.outcomes, console)
+    for name, reason in tuned.refused.items():
+        console.print(f"{name} [red]cannot run here:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
+    if tuned.left:
+        console.print(f"{tuned.left} problems did not get their turn; run it again and it begins with them.")
 
 
-def tune_block_attention(
-    jobs: Sequence[Sizes], seconds: float, *, kernel: str = "block_attention", dtype: str = "fp32",
-    console: Console | None = None,
-) -> list[Outcome]:  # fmt: skip
-    """Tunes the kernels whose names start with ``kernel`` for each input of ``jobs``, on the CPU, in ``seconds``.
+def tune_kernels(
+    kernel: str, seconds: float, *, dtypes: Sequence[str] = ("fp32",), head_dims: Sequence[int] = (64,),
+    device: str | None = None, plain: bool = False, is_full: bool = False, console: Console | None = None,
+    **given: Sequence[int] | None,
+) -> Tuned:  # fmt: skip
+    """Tunes kernels in ``seconds`` on a device of this machine, together with other workers of ``torchrun``.
 
-    Progress is shown on ``console``. Each kernel gets an equal part of the time that is left. Raises ValueError for a
-    kernel that does not exist, :class:`~fastattn.kernels.errors.Unsupported` where no kernel can run.
+    kernel: as the command's option. given: values of sizes, such as ``length``, in place of representative ones.
+    Progress is shown on ``console``. Raises ValueError for what does not exist or makes no sense, RuntimeError for a
+    worker that is lost, :class:`~fastattn.kernels.errors.Unsupported` where no kernel can run.
     """
     import torch
 
-    from fastattn.autotune.block_attention import kernel_names, problems
-    from fastattn.autotune.tune import tune
-    from fastattn.reference.block_attention import block_attention
+    from fastattn.autotune.shard import team, tune_all
+    from fastattn.cli._tuning import groups, names_of
 
-    end = time.monotonic() + seconds
-    names = kernel_names(kernel)
-    outcomes = []
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"device {where} is not there: {error}") from error
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, torch.inference_mode(False):
-        bar = progress.add_task("preparing", total=seconds, step="")
-        for done, sizes in enumerate(jobs):
-            left = len(names) * (len(jobs) - done)
+    with (
+        team() as workers,
+        Progress(*columns, console=console, transient=True, disable=workers.rank > 0) as progress,
+    ):
+        wanted = groups(
+            names_of(kernel), [getattr(torch, DTYPES[name]) for name in dtypes], head_dims, where,
+            {name: values for name, values in given.items() if values}, plain=plain, one_by_one=workers.size > 1,
+        )  # fmt: skip
+        bar = progress.add_task("", total=seconds, step="")
 
-            def show(step: str) -> None:
-                progress.update(bar, completed=seconds - max(0.0, end - time.monotonic()), step=step)
+        def show(kernel: str, step: str) -> None:
+            progress.update(bar, description=kernel, completed=progress.tasks[bar].elapsed or 0.0, step=step)
 
-            for problem in problems(sizes, getattr(torch, DTYPES[dtype]), torch.device("cpu"), block_attention, names):
-                progress.update(bar, description=problem.kernel)
-                share = (end - time.monotonic()) / left
-                outcomes.append(tune(problem, share, on_progress=show))
-                left -= 1
-    return outcomes
+        return tune_all(wanted, seconds, where, workers=workers, on_progress=show, is_full=is_full)
+
+
+def is_first_worker() -> bool:
+    """Whether this process is the one of ``torchrun``'s that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
-    """A table for each kernel and input: every candidate that was run, the chosen one marked."""
-    from fastattn.autotune.schema import OK
-
-    for outcome in outcomes:
-        shape = outcome.key.shape
-        title = f"{outcome.key.kernel}, blocks of {shape['c_q']} x {shape['c_k']}, head dim {shape['head_dim']}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("tile")
-        for name in ("µs", "quartiles", "error"):
-            table.add_column(name, justify="right")
-        table.add_column("")
-        for i, row in enumerate(outcome.rows):
-            notes = ["default"] if i == 0 else []
-            if outcome.chosen is not None and row.config == outcome.chosen.config:
-                notes.append("[bold green]chosen[/bold green]")
-            if row.verdict != OK:
-                notes.append(f"[red]{row.verdict}: {escape(row.reason or '')}[/red]")
-            table.add_row(
-                " x ".join(str(size) for size in row.config.blocks.values()),
-                "" if row.time_us is None else f"{row.time_us:,.0f}",
-                "" if row.spread_us is None else f"{row.spread_us[0]:,.0f} - {row.spread_us[1]:,.0f}",
-                "" if row.error is None else f"{row.error:.1e}",
-                ", ".join(notes),
-            )
-        console.print(table)
+    """A table for each problem with every candidate that was run; where there are many, a table with a line for each,
+    and the candidates that are no good."""
+    if len(outcomes) <= _MOST_IN_FULL:
+        for outcome in outcomes:
+            console.print(_title(outcome), highlight=False, soft_wrap=True)
+            console.print(_candidates(outcome))
+    else:
+        console.print(_problems(outcomes))
+        for outcome in outcomes:
+            for row in outcome.rows:
+                if note := _verdict(row):
+                    console.print(f"{_title(outcome)}, {_tile(row)}: {note}")
     left = sum(outcome.left for outcome in outcomes)
     if left:
         console.print(f"{left} candidates did not fit into the time; run it again and it goes on with them.")
+
+
+def _candidates(outcome: Outcome) -> Table:
+    table = Table()
+    table.add_column("tile")
+    for name in ("µs", "quartiles", "error"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in outcome.rows:
+        notes = ["default"] if row.launch_config() == outcome.default else []
+        if outcome.chosen is not None and row.config == outcome.chosen.config:
+            notes.append("[bold green]chosen[/bold green]")
+        table.add_row(
+            _tile(row),
+            _time(row),
+            "" if row.spread_us is None else " - ".join(map(_microseconds, row.spread_us)),
+            "" if row.error is None else f"{row.error:.1e}",
+            ", ".join(notes + [note for note in [_verdict(row)] if note]),
+        )
+    return table
+
+
+def _problems(outcomes: Sequence[Outcome]) -> Table:
+    table = Table()
+    table.add_column("problem")
+    for name in ("default", "µs", "chosen", "µs", "tried", "left"):
+        table.add_column(name, justify="right")
+    for outcome in outcomes:
+        default = next((row for row in outcome.rows if row.launch_config() == outcome.default), None)
+        cells = [_tile(default), _time(default), _tile(outcome.chosen), _time(outcome.chosen)]
+        table.add_row(_title(outcome), *cells, str(len(outcome.rows)), str(outcome.left))
+    return table
+
+
+def _title(outcome: Outcome) -> str:
+    """What was tuned, in words: kernel, dtype, what is more than one, and flags that are not off."""
+    key = outcome.key
+    sizes = {**(outcome.rows[0].problem if outcome.rows else key.shape)}
+    parts = [key.kernel, key.dtype, *(f"{name} {size}" for name, size in sizes.items() if size != 1)]
+    parts += [name if value is True else f"{name} {value}" for name, value in key.flags.items()]
+    return ", ".join(parts)
+
+
+def _tile(row: Row | None) -> str:
+    if row is None:
+        return ""
+    config = row.launch_config()
+    tile = " x ".join(str(size) for size in config.blocks.values())
+    return (
+        tile
+        if config == type(config)(config.blocks)
+        else f"{tile}, {config.num_warps} warps, "
+        + (f"{config.num_stages} stages" + (f", {config.num_ctas} blocks" if config.num_ctas > 1 else ""))
+    )
+
+
+def _time(row: Row | None) -> str:
+    return "" if row is None or row.time_us is None else _microseconds(row.time_us)
+
+
+def _microseconds(time_us: float) -> str:
+    return f"{time_us:,.0f}" if time_us >= 100 else f"{time_us:.1f}"
+
+
+def _verdict(row: Row) -> str:
+    from fastattn.autotune.schema import OK
+
+    return "" if row.verdict == OK else f"[red]{row.verdict}: {escape(row.reason or '')}[/red]"
+
+
+def dtypes_of(text: str) -> list[str]:
+    """The types of an option such as ``fp16,fp32``. Raises ValueError for any other than :data:`DTYPES`."""
+    names = [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in DTYPES]:
+        raise ValueError(f"dtype must be some of {', '.join(DTYPES)} with commas between them, got {wrong[0]!r}")
+    return names
 
 
 def parse_budget(text: str) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.autotune.choice import choose, explain, forget, lookup
+from fastattn.autotune.choice import choose, explain, forget, lookup, stamp
 from fastattn.autotune.schema import ConfigFields, Entry, Row
 from fastattn.kernels.config import Config
 
@@ -97,6 +99,102 @@ class TestChoose:
         assert choose(make_key(), []).why == "nothing was tuned for block_attention_forward on x86_64-avx512"
 
 
+H100 = {"arch": "sm_90", "device": "NVIDIA H100 80GB HBM3", "threads": None, "compiler": "ptxas 12.9"}
+H200 = H100 | {"device": "NVIDIA H200"}
+
+
+class TestOrder:
+    """Each step of the order, by taking away what comes before it."""
+
+    def test_measured_modelled_and_shipped_rows_have_one_order(self, make_key: Make, make_row: Make) -> None:
+        def entry(tile: int, device: dict[str, Any], label: str) -> Entry:
+            # what comes earlier is slower here, so that no order by time could do
+            return Entry(key=make_key(**device), rows=[make_row(tile, 1000.0 - tile, label=label)])
+
+        own, shipped = "own", "shipped"
+        steps = [
+            (own, entry(1, H100, "measured"), "measured on this device"),
+            (shipped, entry(2, H100, "measured"), "measured on this device, as shipped with fastattn"),
+            (own, entry(3, H200, "measured"), "measured on another device of this architecture"),
+            (shipped, entry(4, H200, "measured"),
+             "measured on another device of this architecture, as shipped with fastattn"),
+            (own, entry(5, H100, "modelled"), "modelled for this device"),
+            (shipped, entry(6, H100, "modelled"), "modelled for this device, as shipped with fastattn"),
+            (own, entry(7, H200, "modelled"), "modelled for another device of this architecture"),
+            (shipped, entry(8, H200, "modelled"),
+             "modelled for another device of this architecture, as shipped with fastattn"),
+        ]  # fmt: skip
+        for first, (_, _, why) in enumerate(steps):
+            left = {place: [e for where, e, _ in steps[first:] if where == place] for place in (own, shipped)}
+            choice = choose(make_key(**H100), left[own], lambda left=left: left[shipped])
+            assert (tile(choice), choice.why) == (first + 1, why)
+        assert choose(make_key(**H100), []).config is None
+
+    def test_shipped_rows_are_read_only_where_nothing_was_measured_on_this_device(
+        self, make_key: Make, make_row: Make
+    ) -> None:
+        def refuse() -> list[Entry]:
+            raise AssertionError("the shipped cache was read")
+
+        assert tile(choose(make_key(), [Entry(key=make_key(), rows=[make_row(16)])], refuse)) == 16
+        with pytest.raises(AssertionError, match="shipped"):
+            choose(make_key(), [Entry(key=make_key(threads=8), rows=[make_row(16)])], refuse)
+
+    def test_one_chip_may_have_several_names(self, make_key: Make, make_row: Make) -> None:
+        a100 = H100 | {"arch": "sm_80", "device": "NVIDIA A100-SXM4-80GB"}
+        rows = [Entry(key=make_key(**a100), rows=[make_row(16, label="modelled")])]
+        there = choose(make_key(**a100 | {"device": "NVIDIA A100 80GB PCIe"}), rows)
+        assert there.why == "modelled for this device"
+        assert choose(make_key(**a100 | {"device": "NVIDIA A30"}), rows).why.startswith("modelled for another device")
+
+    def test_a_model_does_not_bring_back_what_was_seen_to_fail(self, make_key: Make, make_row: Make) -> None:
+        modelled = [make_row(tile, tile, label="modelled") for tile in (16, 32, 64)]
+        shipped = [Entry(key=make_key(**H100), rows=modelled)]
+        own = [
+            Entry(key=make_key(**H100), rows=[make_row(16, None, verdict="failed")]),
+            Entry(
+                key=make_key(**H200, shape={"c_q": 64, "n_blocks": 1024}), rows=[make_row(32, None, verdict="wrong")]
+            ),
+        ]
+        assert tile(choose(make_key(**H100), own, lambda: shipped)) == 64
+
+    def test_wrong_results_at_one_length_rule_a_tile_out_at_all(self, make_key: Make, make_row: Make) -> None:
+        own = [
+            Entry(key=make_key(), rows=[make_row(16, 1.0), make_row(32, 2.0)]),
+            Entry(key=make_key(shape={"c_q": 64, "n_blocks": 1024}), rows=[make_row(16, None, verdict="wrong")]),
+        ]
+        assert tile(choose(make_key(), own)) == 32
+        failed = own[1].model_copy(update={"rows": [make_row(16, None, verdict="failed")]})
+        assert tile(choose(make_key(), [own[0], failed])) == 16, "memory may have run out there"
+
+
+def test_a_device_that_is_not_here_is_explained_by_its_name(make_row: Make) -> None:
+    from fastattn.autotune.devices import device_named
+    from fastattn.autotune.key import key_for
+    from fastattn.autotune.store import default_store
+
+    h100 = device_named("h100").device_name()
+    key = key_for(CALL[0], h100, torch.float16, SHAPE, FLAGS)
+    default_store().add(key, [make_row(64, label="modelled")])
+    choice = explain(CALL[0], h100, torch.float16, SHAPE, FLAGS)
+    assert (tile(choice), choice.why) == (64, "modelled for this device")
+
+
+def test_what_is_shipped_serves_until_something_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_row: Make
+) -> None:
+    from fastattn.autotune import store
+    from fastattn.autotune.device import describe
+    from fastattn.autotune.key import key_for
+
+    shipped = store.Store(tmp_path / "shipped")
+    shipped.add(key_for(CALL[0], describe(CPU), torch.float32, SHAPE, FLAGS), [make_row(16, label="modelled")])
+    monkeypatch.setattr(store, "shipped_store", lambda: shipped)
+    assert lookup(*CALL) == Config({"BLOCK_M": 16})
+    write(32)
+    assert lookup(*CALL) == Config({"BLOCK_M": 32})
+
+
 def test_what_this_process_writes_is_found_at_once() -> None:
     assert lookup(*CALL) is None
     write(32)
@@ -125,19 +223,48 @@ def test_another_cache_folder_has_other_answers(tmp_path: Path, monkeypatch: pyt
     assert lookup(*CALL) is None
 
 
-def test_the_disk_is_not_touched_after_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+_seen: list[str] | None = None
+_hooked: list[bool] = []
+
+
+def _note(path: object) -> None:
+    if _seen is not None:
+        _seen.append(str(path))
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    if event in ("open", "os.listdir", "os.scandir"):
+        _note(args[0])
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is opened or listed while the test runs, told by the interpreter itself, and what is looked for."""
+    global _seen
+    if not _hooked:
+        sys.addaudithook(_watch)  # there is no way to take it off again
+        _hooked.append(True)
+    _seen = []
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *a, real=real, **kw: (_note(path), real(path, *a, **kw))[1])
+    yield _seen
+    _seen = None
+
+
+def test_the_disk_is_not_touched_after_the_first_time(touched: list[str]) -> None:
     write(32)
+    touched.clear()
     lookup(*CALL)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a file was opened")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_text", refuse)
-    monkeypatch.setattr(Path, "glob", refuse)
+    assert any(file.endswith("block_attention_forward.json") for file in touched)
+    touched.clear()
     assert lookup(*CALL) == Config({"BLOCK_M": 32})
     other_length = SHAPE | {"n_blocks": 128}
     assert lookup("block_attention_forward", CPU, torch.float32, other_length, FLAGS) == Config({"BLOCK_M": 32})
+    assert lookup("block_attention_forward", CPU, torch.float32, SHAPE | {"c_q": 16}, FLAGS) is None, "shipped rows too"
+    touched.clear()
+    assert lookup("block_attention_forward", CPU, torch.float32, SHAPE | {"c_q": 32}, FLAGS) is None
+    assert touched == []
 
 
 def test_a_repeated_lookup_takes_microseconds() -> None:
@@ -150,6 +277,50 @@ def test_a_repeated_lookup_takes_microseconds() -> None:
             lookup(*CALL)
         best = min(best, (time.perf_counter() - start) / 500)
     assert best < 5e-6
+
+
+def test_threads_may_look_up_while_another_writes_and_forgets() -> None:
+    write(8, time_us=1000.0)
+    stop, failures, answers = threading.Event(), [], set()
+
+    def ask(own: int) -> None:
+        try:
+            while not stop.is_set():
+                for n_blocks in (64, 128, 256 * own):
+                    found = lookup(CALL[0], CPU, torch.float32, SHAPE | {"n_blocks": n_blocks}, FLAGS)
+                    answers.add(None if found is None else found.blocks["BLOCK_M"])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(own,)) for own in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    tiles = range(9, 19)
+    for size in tiles:
+        write(size, time_us=1000.0 - size)
+        found = lookup(*CALL)
+        assert found is not None and found.blocks["BLOCK_M"] == size, "nothing that was answered before is left"
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert answers <= {8, *tiles} and len(answers) > 1
+
+
+def test_the_number_of_threads_and_the_cache_folder_change_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = [stamp()]
+    assert stamp() == stamps[0]
+    forget()
+    stamps.append(stamp())
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "/elsewhere")
+    stamps.append(stamp())
+    monkeypatch.delenv("FASTATTN_CACHE_DIR")
+    stamps.append(stamp())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    stamps.append(stamp())
+    torch.set_num_threads(threads)
+    assert len(set(stamps)) == len(stamps)
 
 
 def test_a_damaged_cache_does_not_break_a_lookup() -> None:
