@@ -24,4 +24,4 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str =
 def original(name: str) -> dict[str, Tensor]:
     """The arrays of a fixture; scalars as 0-dimensional tensors."""
     with np.load(_FIXTURES / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays}
+        return {key: torch.as_tensor(arrays[key]) for key in arrays}

@@ -53,7 +53,7 @@ def test_every_command_runs(command, model, tmp_path, monkeypatch):
 
 
 def test_the_readme_names_its_commands_and_make_knows_its_targets():
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 8
     assert TARGETS == ["demo", "test"]
     known = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in (*TARGETS, "bench", "fuzz", "tritons"):
