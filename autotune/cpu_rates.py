@@ -4,7 +4,7 @@ Measured are the products of torch.mm (fp32 and bf16) and the copying of what no
 torch has now. They are kept in the cache folder, a file for each processor and number of threads.
 
 What the engine makes of a processor follows from these by a few constants, which are the engine's and not the
-machine's: they were fitted once, to the times in tests/autotune/ranking.json.
+machine's: they were fitted once, to times of an earlier run than that in perf/results/ranking.json.
 """
 
 from __future__ import annotations

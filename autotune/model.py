@@ -13,9 +13,9 @@ its multiprocessor busy, each for a *term* of its own (:class:`~fastattn.kernels
     spills      what each step stores and loads again for want of registers, or on a CPU of its first cache / bandwidth
                 of what is next
 
-and it waits: at its start (``program_us``), in each step of its loop (``step_us``) for tiles that were asked for as many
-steps ago as there are stages, and there too for the other blocks of its cluster, where it is spread over several. The
-programs of a multiprocessor work one after the other and wait at the same time:
+and it waits: at its start (``program_us``), in each step of its loop (``step_us``) for tiles that were asked for as
+many steps ago as there are stages, and there too for the other blocks of its cluster, where it is spread over several.
+The programs of a multiprocessor work one after the other and wait at the same time:
 
     busy   = each term of one program * the programs of its multiprocessor (of memory and cache: of all)
     waits  = program_us + steps of one program * (step_us / stages + cluster_us)
