@@ -28,6 +28,9 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.autotune.writers"])
 
 
+KERNELS = [f"kernel_{number}" for number in range(10)]  # each has a file
+
+
 @pytest.fixture
 def start_writer(tmp_path: Path, make_key: Make) -> Iterator[Callable[..., Any]]:
     """Starts a process that adds ``count`` rows from tile ``first`` on, to ten files in turn
@@ -35,7 +38,7 @@ def start_writer(tmp_path: Path, make_key: Make) -> Iterator[Callable[..., Any]]
     started = []
 
     def start(first: int, count: int, death: str | None = None) -> Any:
-        keys = [make_key(kernel=f"kernel_{number}").model_dump_json() for number in range(10)]
+        keys = [make_key(kernel=kernel).model_dump_json() for kernel in KERNELS]
         arguments = (tmp_path / "tune", keys, first, count, tmp_path / f"log-{first}", death)
         writer = FORKS.Process(target=write_rows, args=arguments, name=str(first), daemon=True)
         writer.start()
@@ -224,9 +227,10 @@ def test_a_hundred_killed_writers_lose_nothing_that_was_added(
         assert returned(tmp_path) <= tiles(store)
         assert len({tile // 10**6 for tile in returned(tmp_path)}) == 101
         assert len(returned(tmp_path) & set(range(100_000))) > 10, "the other writer went on"
-        store.add(make_key(), [make_row(5 * 10**8)])
+        for kernel in KERNELS:
+            store.add(make_key(kernel=kernel), [make_row(5 * 10**8)])
         assert 5 * 10**8 in tiles(store), "no lock is left"
-    assert not list(tmp_path.rglob("*.tmp")), "nor half a file"
+    assert not list(tmp_path.rglob("*.tmp")), "nor half a file, once each was written again"
 
 
 def test_a_lock_that_is_never_released_is_a_clear_error(

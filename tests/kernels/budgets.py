@@ -17,24 +17,27 @@ from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastattn.autotune.source import ROOMS
 from fastattn.kernels.ahead import compile_launch, shared_memory_limit
+from fastattn.kernels.block_attention import Pattern
 
 TABLE = Path(__file__).with_name("budgets.csv")
 NVIDIA = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120")
 TARGETS = (*NVIDIA, "hip:gfx942")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64
-# Other sizes change tiles and masks, not code: they have no budget of instructions, and are compiled in the type that
+# Other sizes, and block attention as Reformer has it, have no budget of instructions, and are compiled in the type that
 # takes the most registers, for one GPU of each kind of tensor core.
-SIZES: list[dict[str, int]] = [{"head_dim": 128}, {"head_dim": 40}]
-MORE_SIZES: dict[str, list[dict[str, int]]] = {
-    "block_attention": [{"c_q": 128, "c_k": 128}],
+SIZES: list[dict[str, Any]] = [{"head_dim": 128}, {"head_dim": 40}]
+MORE_SIZES: dict[str, list[dict[str, Any]]] = {
+    "block_attention": [{"c_q": 128, "c_k": 128}, {"pattern": "reformer", "n_used_blocks": True}],
     "topk_attention": [{"top_k": 64}],
 }
+PATTERNS = {"reformer": Pattern(is_causal=True, exclude_self=True, last_resort=True)}
 ONE_OF_EACH = ("cuda:90", "cuda:120", "hip:gfx942")
 SLACK = 1.25  # of the instructions: what bf16, another release of Triton or a small change may add
 ROUNDING = 1.4  # the same where bf16 is rounded to without an instruction for it, as on gfx942: several for each value
@@ -46,7 +49,7 @@ class Case:
     kernel: str
     target: str
     dtype: torch.dtype
-    sizes: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         sizes = "".join(f"-{name}={size}" for name, size in self.sizes)
@@ -96,6 +99,8 @@ def measure(case: Case) -> Cost:
     """Compiles a kernel with the configuration that its heuristic chooses."""
     room = import_module(f"fastattn.kernels.{kernels()[case.kernel]}")
     sizes = {"head_dim": HEAD_DIM} | dict(case.sizes)
+    if "pattern" in sizes:
+        sizes["pattern"] = PATTERNS[sizes["pattern"]]
     launch = room.example_launch(case.kernel, case.dtype, device_type=case.target, **sizes)
     compiled = compile_launch(launch, case.target)
     tensor_cores = compiled.tensor_core_instructions
