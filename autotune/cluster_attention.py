@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta, one_scatter
 from fastattn.kernels import cluster_attention as kernels
 from fastattn.kernels.config import Config, Cost
 from fastattn.kernels.launch import Launch, device_kind
@@ -50,18 +50,10 @@ def flags(kernel: str) -> list[dict[str, Flag]]:
 def candidates(
     kernel: str, device_type: str, sizes: Sizes, element_size: int = 4, flags: Mapping[str, Flag] | None = None
 ) -> list[Config]:
-    """See :func:`~fastattn.autotune.problem.candidates_of`; only a CPU adds row by row in memory of its own."""
+    """See :func:`~fastattn.autotune.problem.candidates_of`."""
     first = kernels.heuristic(kernel, device_type, sizes.n_clusters, sizes.head_dim, element_size)
     most = {"BLOCK_N": sizes.length, "BLOCK_C": sizes.n_clusters}
-    found = candidates_of(kernels.TUNING[kernel], first, device_type, most)
-    return [config for config in found if _has_a_point(config, first, device_type)]
-
-
-def _has_a_point(config: Config, first: Config, device_type: str) -> bool:
-    """Where rows are added one by one no tile has an effect."""
-    if not config.blocks.get("SCATTER"):
-        return True
-    return device_type == "cpu" and config.blocks == first.blocks | {"SCATTER": 1}
+    return one_scatter(candidates_of(kernels.TUNING[kernel], first, device_type, most), device_type)
 
 
 def cost(

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, agreement, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import (
+    Problem,
+    Tensors,
+    agreement,
+    candidates_of,
+    check_sizes,
+    draw,
+    launcher,
+    meta,
+    one_scatter,
+)
 from fastattn.kernels import hamming as kernels
 from fastattn.kernels.config import Config, Cost
 from fastattn.kernels.launch import Launch, device_kind
@@ -64,18 +74,10 @@ def flags(kernel: str) -> list[dict[str, Flag]]:
 def candidates(
     kernel: str, device_type: str, sizes: Sizes, element_size: int = 4, flags: Mapping[str, Flag] | None = None
 ) -> list[Config]:
-    """See :func:`~fastattn.autotune.problem.candidates_of`; only a CPU counts row by row in memory of its own."""
+    """See :func:`~fastattn.autotune.problem.candidates_of`."""
     first = kernels.heuristic(kernel, device_type, sizes.n_clusters, sizes.head_dim)
     most = {"BLOCK_M": sizes.length, "BLOCK_N": sizes.length, "BLOCK_C": sizes.n_clusters, "BLOCK_K": sizes.head_dim}
-    found = candidates_of(kernels.TUNING[kernel], first, device_type, most)
-    return [config for config in found if _has_a_point(config, first, device_type)]
-
-
-def _has_a_point(config: Config, first: Config, device_type: str) -> bool:
-    """Where rows are counted one by one no tile has an effect."""
-    if not config.blocks.get("SCATTER"):
-        return True
-    return device_type == "cpu" and config.blocks == first.blocks | {"SCATTER": 1}
+    return one_scatter(candidates_of(kernels.TUNING[kernel], first, device_type, most), device_type)
 
 
 def cost(

@@ -130,6 +130,16 @@ def candidates_of(
     return [first, *rest]
 
 
+def one_scatter(candidates: list[Config], device_type: str) -> list[Config]:
+    """``candidates`` of a kernel that can go row by row (``SCATTER``), with one that does so on a CPU, which alone has
+    memory of its own for that, and none elsewhere: no tile has an effect there."""
+    row_by_row = candidates[0].blocks | {"SCATTER": 1}
+    return [
+        config for config in candidates
+        if not config.blocks.get("SCATTER") or (device_type == "cpu" and config.blocks == row_by_row)
+    ]  # fmt: skip
+
+
 def _space(space: TuningSpace, device_type: str) -> Iterator[Config]:
     yield from space.configs(device_type)
     has_clusters = device_type.startswith("cuda:") and int(device_type.removeprefix("cuda:")) >= _FIRST_WITH_CLUSTERS
