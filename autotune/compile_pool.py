@@ -1,7 +1,8 @@
 """Calls that may hang or crash, in processes that can be killed: a compiler does both, given a bad candidate.
 
 Workers are processes of their own, kept from job to job, for Triton takes seconds to import. Each leads a process group
-in which its compilers run too: what takes too long is killed as a whole, and a new worker goes on.
+in which its compilers run too: what takes too long is killed as a whole, and a new worker goes on. How long is counted
+in CPU time, so that what is killed does not depend on what else the machine has to do.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from typing import IO, Any, Generic, TypeVar
 from fastattn.autotune import compile_worker
 
 START_S = 300.0  # for a worker's imports, on a machine that has much else to do
+PATIENCE = 20.0  # of the limit, as time on the wall: for what hangs without computing, or stands behind other work
 _MOST_SAID = 500  # characters of a reason
 _ERROR = ": error: "
+_LEAST_S = 0.01  # between two looks at CPU times
+_CPUS = os.cpu_count() or 1
 
 K = TypeVar("K")
 
@@ -45,6 +49,7 @@ class _Worker(Generic[K]):
     errors: IO[bytes]  # its standard error
     deadline: float
     begun: float
+    cpu_begun: float | None = None  # its CPU time at the start of the job; None where that is not told
     name: K | None = None
     is_busy: bool = True
     is_ready: bool = False
@@ -62,13 +67,15 @@ class _Worker(Generic[K]):
 class Pool(Generic[K]):
     """``workers`` processes that call ``function``, ``"module:name"``, on one job at a time each.
 
-    limit_s: a job that takes longer is killed, with all processes that it began. Jobs and results are pickled. A
-    context manager: at its end no process of it is left, and none either when this process is killed.
+    limit_s: a job that takes more CPU time, or ``patience`` times as long on the wall, is killed, with all processes
+    that it began; where CPU times are not told (outside Linux), the wall's decides alone. Jobs and results are pickled.
+    A context manager: at its end no process of it is left, and none either when this process is killed.
     """
 
     function: str
     workers: int
     limit_s: float
+    patience: float = PATIENCE
     environment: dict[str, str] = field(default_factory=dict)
     _all: list[_Worker[K]] = field(default_factory=list)
 
@@ -98,11 +105,27 @@ class Pool(Generic[K]):
     def _begin(self, name: K, job: Any) -> None:
         worker = next((worker for worker in self._all if not worker.is_busy), None) or self._start()
         worker.name, worker.is_busy = name, True
-        worker.begun = time.monotonic()
-        worker.deadline = worker.begun + (self.limit_s if worker.is_ready else START_S)
+        if worker.is_ready:
+            self._begun(worker)
+        else:
+            worker.begun = time.monotonic()
+            worker.deadline = worker.begun + START_S
         assert worker.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died, which is met where answers are read
             compile_worker.write(worker.process.stdin, job)
+
+    def _begun(self, worker: _Worker[K]) -> None:
+        """The job's time runs from now."""
+        worker.begun, worker.cpu_begun = time.monotonic(), cpu_seconds(worker.process.pid)
+        worker.deadline = worker.begun + (self.limit_s if worker.cpu_begun is None else self.patience * self.limit_s)
+
+    def _left(self, worker: _Worker[K]) -> float:
+        """Seconds that the worker's job may go on at least; none are left where it is 0 or less."""
+        left = worker.deadline - time.monotonic()
+        if worker.is_ready and worker.cpu_begun is not None:
+            spent = (cpu_seconds(worker.process.pid) or 0.0) - worker.cpu_begun
+            left = min(left, (self.limit_s - spent) / _CPUS)  # threads of a compiler may run at the same time
+        return left
 
     def _start(self) -> _Worker[K]:
         errors = tempfile.TemporaryFile(dir=self._folder.name)  # noqa: SIM115  closed with the worker
@@ -115,7 +138,7 @@ class Pool(Generic[K]):
         worker: _Worker[K] = _Worker(process, errors, 0.0, 0.0)
         self._all.append(worker)
         assert process.stdin is not None
-        compile_worker.write(process.stdin, (sys.path, self.function, self.limit_s))
+        compile_worker.write(process.stdin, (sys.path, self.function, self.patience * self.limit_s))
         return worker
 
     def _wait(self) -> Iterator[Done[K]]:
@@ -124,12 +147,12 @@ class Pool(Generic[K]):
             for worker in busy:
                 assert worker.process.stdout is not None
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            left = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = [key.data for key, _ in selector.select(max(left, 0.0))]
+            left = min(self._left(worker) for worker in busy)
+            ready = [key.data for key, _ in selector.select(max(left, _LEAST_S))]
         for worker in ready:
             yield from self._answer(worker)
         for worker in busy:
-            if worker not in ready and time.monotonic() >= worker.deadline:
+            if worker not in ready and self._left(worker) <= 0:
                 yield self._killed(worker)
 
     def _answer(self, worker: _Worker[K]) -> Iterator[Done[K]]:
@@ -141,7 +164,8 @@ class Pool(Generic[K]):
             return
         kind, value = pickle.loads(body)
         if kind == "ready":
-            worker.is_ready, worker.begun, worker.deadline = True, now, now + self.limit_s
+            worker.is_ready = True
+            self._begun(worker)
             return
         worker.is_busy = False
         said = worker.said()
@@ -177,6 +201,17 @@ class Pool(Generic[K]):
     def _forget(self, worker: _Worker[K]) -> None:
         _end(worker)
         self._all.remove(worker)
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of a process and of all that it started, those that ended included; None where /proc does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, IndexError):
+        return None
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # user, system, and those of children that ended
+    return own + sum(cpu_seconds(int(child)) or 0.0 for child in children)
 
 
 def _end(worker: _Worker[Any]) -> None:

@@ -1,8 +1,8 @@
 """A process that calls one function on what comes in: see :mod:`fastattn.autotune.compile_pool`.
 
 Run as a file, with nothing but the standard library until it is told where to find the function. Messages are pickles,
-each after its length in 8 bytes. In: first (path for imports, "module:function", limit in seconds), then jobs. Out:
-("ready", None) once the function is there, then ("result", value) or ("error", text) for each job.
+each after its length in 8 bytes. In: first (path for imports, "module:function", most seconds of a job on the wall),
+then jobs. Out: ("ready", None) once the function is there, then ("result", value) or ("error", text) for each job.
 """
 
 from __future__ import annotations

@@ -6,13 +6,15 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 
 def behave(job: tuple[str, Any]) -> object:
     """("return", x), ("raise", text), ("print", text), ("pid", None), ("die", None), ("exit", status), ("spin", None):
-    holds the interpreter's lock for ever, or ("child", file): waits for a process whose number it writes there."""
+    holds the interpreter's lock for ever, ("burn", None): computes for ever, ("sleep", seconds), or ("child", file):
+    waits for a process whose number it writes there."""
     what, value = job
     if what == "raise":
         os.write(2, b"kernel.py:7:0: error: 'ttng.tc_gen5_mma' op LHS CTASplit along K should be 1\n}\n")
@@ -30,6 +32,11 @@ def behave(job: tuple[str, Any]) -> object:
         os._exit(value)
     if what == "spin":
         ctypes.PyDLL(None).pause()
+    if what == "burn":
+        while True:
+            pass
+    if what == "sleep":
+        time.sleep(value)
     if what == "child":
         child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
         Path(value).write_text(str(child.pid))

@@ -18,10 +18,12 @@ BEHAVE = "tests.autotune.fake_compilers:behave"
 ROOT = Path(__file__).parents[2]
 
 
-def run(jobs: list[tuple[str, Any]], *, workers: int = 1, limit_s: float = 30.0) -> dict[int, Done[int]]:
+def run(
+    jobs: list[tuple[str, Any]], *, workers: int = 1, limit_s: float = 30.0, patience: float = 1.0
+) -> dict[int, Done[int]]:
     """What became of jobs, by their place in the list."""
     waiting: Iterator[tuple[int, Any]] = iter(list(enumerate(jobs)))
-    with Pool[int](BEHAVE, workers, limit_s) as pool:
+    with Pool[int](BEHAVE, workers, limit_s, patience) as pool:
         return {done.name: done for done in pool.results(lambda: next(waiting, None))}
 
 
@@ -61,6 +63,15 @@ def test_what_hangs_is_killed_with_all_that_it_started(tmp_path: Path):
     while is_alive(int(file.read_text())) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_alive(int(file.read_text()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells the CPU time of other processes")
+def test_it_is_cpu_time_that_is_limited_not_what_else_the_machine_does():
+    start = time.monotonic()
+    done = run([("sleep", 1.5), ("burn", None)], workers=2, limit_s=1.0, patience=60.0)
+    assert time.monotonic() - start < 50
+    assert done[0].result == 1.5
+    assert done[1].reason == "it took over 1 s, and was killed"
 
 
 def test_nothing_is_left_when_the_pool_ends_or_its_process_is_killed(tmp_path: Path):
