@@ -2,9 +2,10 @@
 
 For a kernel on an architecture in a dtype and a head dim: candidates pass the gates (:mod:`fastattn.autotune.bounds`),
 are ranked by the model (:mod:`fastattn.autotune.model`), and the most promising ones are compiled, a dozen at most, for
-all devices of the architecture together. Binaries that spill or take too much shared memory are rejected; the rest is
-ranked again, with the occupancy that their registers allow. Which are compiled depends on nothing but the kernel and
-the devices: not on the number of workers, nor on where an earlier run was killed.
+all devices of the architecture together; once a few are of use, only what may still be faster than these. Binaries that
+spill or take too much shared memory are rejected; the rest is ranked again, with the occupancy that their registers
+allow. Which are compiled depends on nothing but the kernel and the devices: not on the number of workers, nor on where
+an earlier run was killed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fastattn.kernels.config import Config
 MOST_COMPILES = 12  # for a kernel, architecture, dtype and head dim
 _SHORTLIST = 24  # candidates whose IR is looked at, of those that the model likes most
 _FLAT, _FLAT_AFTER = 1.02, 4  # a kernel whose first four binaries are as close as that hardly depends on its tiles
+_ENOUGH = 3  # binaries of use, after which only what the model expects to be faster than the best of them is compiled
 _OVERHEAD = 48  # registers of addresses, counters and masks, as our kernels have them
 _UNROLLED = 4  # multiply-adds of a product for each register of a thread, where no tensor core does it
 _WITHOUT_TENSOR_CORES = "sm_75"  # which Triton does not use there
@@ -100,6 +102,7 @@ class Search:
         self._known: dict[str, Figures] = {}  # by recipe
         self._tried: dict[Config, Figures] = {}  # what is known of a configuration, whatever the case
         self._refused: dict[int, int] = {}  # candidates by the number of the case
+        self._guesses: dict[tuple[int, Config], Figures] = {}  # of those that are only ranked, for the case of a number
         self._recipes: dict[tuple[int, Config], str] = {}
         self._programs: dict[tuple[int, Config], int] = {}
         self.asked: tuple[Job, str] | None = None  # the last of :meth:`next`, with its recipe
@@ -143,9 +146,10 @@ class Search:
             flags = tuple(case.flags.items())
             later = any(other.flags == case.flags for other in self.group.cases[number + 1 :])
             kept = left[flags] // 3 if later else 0  # most binaries serve the other sizes too
-            times: list[float] = []
+            times: list[float] = []  # on the first device
+            found: list[tuple[Config, Figures]] = []
             for config in self._order(number, leader) if left[flags] > kept else ():
-                if self._is_hopeless(config):
+                if self._is_hopeless(config) or (len(found) >= _ENOUGH and not self._may_win(number, config, found)):
                     continue
                 recipe = self._recipe(number, config)
                 if recipe not in self._known:
@@ -159,6 +163,7 @@ class Search:
                         self._known[recipe] = known
                 figures = self._tried[config] = self._known[recipe]
                 if not self._rejected(figures):
+                    found.append((config, figures))
                     times.append(self._time(number, self.group.devices[0], config, figures).time_us)
                 if left[flags] <= kept or (len(times) == _FLAT_AFTER and max(times) <= _FLAT * min(times)):
                     break
@@ -191,7 +196,7 @@ class Search:
             if all(refusal(device, config, tiles) for device in devices):
                 refused += 1
                 continue
-            shortlist[config] = guess(devices[0], config, tiles)
+            shortlist[config] = self._guesses[number, config] = guess(devices[0], config, tiles)
             if sum(other.num_ctas == 1 for other in shortlist) == _SHORTLIST:  # clusters may all fail
                 break
         self._refused[number] = refused
@@ -219,6 +224,19 @@ class Search:
             if all(blocks) and tried.num_warps >= config.num_warps and tried.num_stages <= config.num_stages:
                 return True
         return False
+
+    def _may_win(self, number: int, config: Config, found: Sequence[tuple[Config, Figures]]) -> bool:
+        """Whether ``config``, by what is guessed of its binary, is faster on a device than all of ``found``."""
+        guessed = self._guesses.get((number, config))
+        if guessed is None:
+            return True  # a choice of the heuristic, or of another case
+        if guessed.spill_bytes:
+            return False
+        return any(
+            self._time(number, device, config, guessed).time_us
+            < min(self._time(number, device, *other).time_us for other in found)
+            for device in self.group.devices
+        )
 
     def _rejected(self, figures: Figures) -> bool:
         """Whether a binary is of use on none of the devices."""

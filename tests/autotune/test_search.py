@@ -28,6 +28,12 @@ def sound(job: Job) -> Figures:
     return Figures(job.target, min(128, 32 + rows), 0, 64 * rows, job.config.num_warps)
 
 
+def slow(job: Job) -> Figures:
+    """A binary of which a multiprocessor has room for one only: every other promises more."""
+    shared = min(device.shared_per_block for device in devices().values() if device.target == job.target)
+    return replace(sound(job), shared_bytes=shared)
+
+
 def group_of(kernel: str = FORWARD, gpus: str = "h100", plain: bool = True) -> Group:
     (group,) = groups_of([kernel], [devices()[name] for name in gpus.split(",")], ["float16"], [64], plain=plain)
     return replace(group, cases=group.cases[:1]) if plain else group
@@ -45,7 +51,7 @@ def searched(group: Group, folder: Path, answer: Answer = sound, compiles: int =
 
 def test_a_dozen_of_the_space_is_compiled_the_heuristics_choice_first(tmp_path: Path):
     group = group_of()
-    report, jobs = searched(group, tmp_path)
+    report, jobs = searched(group, tmp_path, slow)
     candidates = group.candidates(group.cases[0])
     assert len(candidates) > 50
     assert len(jobs) == len({recipe_of(job) for job in jobs}) == report.compiled == 12
@@ -57,6 +63,16 @@ def test_a_dozen_of_the_space_is_compiled_the_heuristics_choice_first(tmp_path: 
     terms = entry.rows[0].terms
     assert {"registers", "shared_bytes", "products", "memory", "tail", "blocks_per_sm", "compiled"} <= {*terms}
     assert entry.rows[0].label == "modelled"
+
+
+def test_after_three_binaries_only_what_may_be_faster_is_compiled(tmp_path: Path):
+    group = group_of()
+    report, jobs = searched(group, tmp_path)
+    assert 3 <= len(jobs) < 12
+    assert report.entries[0].rows[0].verdict == "ok"
+    # what turns out slower than was promised leaves the others in the running
+    _, all_slow = searched(group, tmp_path / "slow", slow)
+    assert len(all_slow) == 12 and {job.config for job in jobs} < {job.config for job in all_slow}
 
 
 def test_all_flags_and_sizes_and_devices_share_the_dozen(tmp_path: Path):
@@ -109,7 +125,7 @@ def test_too_much_shared_memory_is_a_verdict(tmp_path: Path):
 
 def test_one_failure_of_a_cluster_ends_clusters(tmp_path: Path):
     def answer(job: Job) -> Figures | str:
-        return "RuntimeError: PassManager::run failed" if job.config.num_ctas > 1 else sound(job)
+        return "RuntimeError: PassManager::run failed" if job.config.num_ctas > 1 else slow(job)
 
     report, jobs = searched(group_of(), tmp_path, answer)
     assert sum(job.config.num_ctas > 1 for job in jobs) <= 1
@@ -120,19 +136,19 @@ def test_one_failure_of_a_cluster_ends_clusters(tmp_path: Path):
 
 def test_kernels_that_hardly_depend_on_tiles_take_few_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastattn.autotune.search._FLAT", 1000.0)
-    _, jobs = searched(group_of(), tmp_path)
+    _, jobs = searched(group_of(), tmp_path, slow)
     assert len(jobs) == 4
 
 
 def test_a_search_that_was_broken_off_compiles_nothing_twice_and_ends_alike(tmp_path: Path):
     group = group_of()
-    whole, jobs = searched(group, tmp_path / "whole")
+    whole, jobs = searched(group, tmp_path / "whole", slow)
     search = Search(group, Binaries(tmp_path / "parts"))
     for _ in range(5):
         job = search.next()
         assert job is not None
-        search.tell(sound(job), None, 1.0)
-    report, rest = searched(group, tmp_path / "parts")
+        search.tell(slow(job), None, 1.0)
+    report, rest = searched(group, tmp_path / "parts", slow)
     assert [recipe_of(job) for job in rest] == [recipe_of(job) for job in jobs[5:]]
     assert [row.config for row in report.entries[0].rows] == [row.config for row in whole.entries[0].rows]
 
