@@ -43,7 +43,7 @@ def command(
     compiles: Annotated[
         int, typer.Option(help="With --gpu: the most for a kernel, architecture, dtype and head dim; 1 to 12.")
     ] = 12,
-    compile_limit: Annotated[str, typer.Option(help="With --gpu: a compile that takes longer is killed.")] = "60s",
+    compile_limit: Annotated[str, typer.Option(help="With --gpu: the most CPU time of a compile.")] = "60s",
     jobs: Annotated[int | None, typer.Option(min=1, help="With --gpu: compilers at a time; by default, cores.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="With --gpu: write the best rows into this folder, to be shipped.")
