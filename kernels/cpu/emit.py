@@ -55,6 +55,7 @@ class Emitter:
         self.buffers: dict[Value, str] = {}
         self._declared: list[str] = []
         self._stack_bytes = 0
+        self._fits_amx: dict[str, None] = {}  # whether any of these products does
         self._numbers = count()
 
     # ---- names and lines
@@ -103,6 +104,7 @@ class Emitter:
             raise Unsupported(f"the tiles of {self.function.name} take {kib} KiB, more than {most}: use smaller blocks")
         body = "\n".join(self.lines)
         buffers = "\n".join(self._declared)
+        session = f"  const AmxSession<{' || '.join(self._fits_amx)}> session{{}};\n" if self._fits_amx else ""
         return f"""
 namespace {{
 __attribute__((noinline)) void program(const int64_t* args, const int32_t* grid, int32_t pid_x, int32_t pid_y,
@@ -115,7 +117,7 @@ __attribute__((noinline)) void program(const int64_t* args, const int32_t* grid,
 
 extern "C" __attribute__((visibility("default")))
 void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t end) {{
-  for (int64_t p = begin; p < end; ++p)
+{session}  for (int64_t p = begin; p < end; ++p)
     program(args, grid, (int32_t)(p % grid[0]), (int32_t)(p / grid[0] % grid[1]),
             (int32_t)(p / ((int64_t)grid[0] * grid[1])));
 }}
@@ -300,7 +302,7 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
         for statement in group.statements[1:]:
             finish.statement(statement)
         (*batch, m, n), k = shape, op.operands[0].shape[-1]
-        self._stack_bytes += 4 * (m + n) * k  # what a product may turn or pack
+        self._stack_bytes += 4 * ((m + n) * k + 32 * n)  # what a product may turn or pack, and its sums in AMX
         kind, vector = formulas.buffer_type(a.element), formulas.vector_type(c.element, finish.width)
         for axis, size in enumerate(batch):
             self.write(f"for (int i{axis} = 0; i{axis} < {size}; ++i{axis})")
@@ -310,6 +312,7 @@ void {ENTRY}(const int64_t* args, const int32_t* grid, int64_t begin, int64_t en
         )
         sides = ", ".join(f"{kind}, {'true' if flag else 'false'}" for flag in (a_transposed, b_transposed))
         inline, row = "__attribute__((always_inline))", here[-2]
+        self._fits_amx[f"fits_amx<{kind}, {m}, {n}, {k}, {finish.width}>()"] = None
         self.write(f"product<{formulas.lane_type(c.element)}, {m}, {n}, {k}, {finish.width}, {sides}>({left}, {right},")
         self.write(f"  [&](int {row}, int j) {inline} -> {vector} {{ {start.inlined()} return {initial}; }},")
         self.write(f"  [&](int {row}, int j, {vector} x) {inline} {{ {finish.inlined()} }});")

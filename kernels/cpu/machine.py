@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import platform
 import re
@@ -39,8 +40,12 @@ _AVX512 = _AVX2 | {f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw", "c
 _AVX512_BF16 = _AVX512 | {
     "avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni", "avx512_vpopcntdq": "-mavx512vpopcntdq"
 }  # fmt: skip
+# macros of our own, for g++ 10 has no flags for these: products.h writes their instructions itself, or does without
+_AMX_BF16 = _AVX512_BF16 | {"amx_tile": "-DAMX_TILE", "amx_bf16": "-DAMX_BF16"}
 
-# Intel Sapphire Rapids and later Xeons, AMD Zen 4 and later: products of bf16 and int8 in pairs, population counts of
+# Intel Sapphire Rapids and later Xeons: products of bf16 in matrix registers, where Linux lends them to this process
+AMX_BF16 = _level("amx_bf16", 16, _AMX_BF16, "-mprefer-vector-width=512")
+# AMD Zen 4 and later, and those Xeons where AMX is refused: products of bf16 and int8 in pairs, population counts of
 # whole vectors. (Cooper Lake has the products alone, and takes the next level.) Its flags are known to g++ from 10 and
 # to clang from 9
 AVX512_BF16 = _level("avx512_bf16", 16, _AVX512_BF16, "-mprefer-vector-width=512")
@@ -50,7 +55,7 @@ AVX512 = _level("avx512", 16, _AVX512, "-mprefer-vector-width=512")
 AVX2 = _level("avx2", 8, _AVX2)
 # 128-bit vectors, which every 64-bit processor has: SSE2 on x86-64, NEON on aarch64
 BASELINE = Level("baseline", 4)
-LEVELS = (AVX512_BF16, AVX512, AVX2, BASELINE)  # best first
+LEVELS = (AMX_BF16, AVX512_BF16, AVX512, AVX2, BASELINE)  # best first
 
 
 @lru_cache
@@ -73,9 +78,22 @@ def model_name() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+@lru_cache
+def may_use_amx() -> bool:
+    """Whether Linux lends this process the registers of AMX, asked for once, for all of its threads.
+
+    Generated code asks too, for hosts without Python, and does without them where it is refused.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    words = map(ctypes.c_long, (arch_prctl, request_permission, tile_data))
+    return ctypes.CDLL(None).syscall(*words) == 0
+
+
 def supported_levels() -> list[Level]:
     """The levels that this machine can run, best first."""
     has = features() if platform.machine() == "x86_64" else frozenset()
+    if "amx_tile" in has and not may_use_amx():
+        has -= {"amx_tile"}
     return [level for level in LEVELS if level.needs <= has]
 
 

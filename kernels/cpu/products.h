@@ -3,6 +3,11 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#if defined(AMX_TILE) && defined(AMX_BF16) && (defined(__clang__) || __GNUC__ >= 11)  // older assemblers lack it
+#define HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // WIDEST: 32-bit lanes of the widest vector. SUMS and MOST_COLUMNS: how many vectors of sums a tile of the result has,
 // and how many of them stand side by side. 16 sums leave room for their operands in 32 registers; on a Zen 4, 24 sums
@@ -57,10 +62,20 @@ template <int ROWS, int COLUMNS, int W, class T, class F> INLINE void transpose(
     }
 }
 
+// which products AMX does: smaller ones would leave parts of its registers empty
+template <class T, int M, int N, int K, int W> constexpr bool fits_amx() {
+#if defined(HAS_AMX)
+  return std::is_same_v<T, bf16> && W == 16 && M >= 16 && N >= 16 && K >= 32;
+#else
+  return false;
+#endif
+}
+
 // ---- cells: one value of k in the type of the sums (fp32, int32) or, where the machine multiplies two at once, a pair
-// of 16 bits each: that of k in the lower half, that of k + 1 in the upper one
+// of 16 bits each: that of k in the lower half, that of k + 1 in the upper one. Processors with AMX do VDPBF16PS every
+// other cycle only, and two products of fp32 in each, so there what AMX leaves is twice as fast in fp32.
 template <class T, int W> constexpr bool multiplies_pairs() {
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && !defined(HAS_AMX)
   if (std::is_same_v<T, bf16>) return W >= 4;
 #endif
 #if defined(__SSE2__)
@@ -69,8 +84,8 @@ template <class T, int W> constexpr bool multiplies_pairs() {
   return false;
 }
 // operands of type T for vectors of W sums
-template <class T, int W> struct Cells {
-  static constexpr bool WHOLE = std::is_same_v<T, int8_t>, PAIRS = multiplies_pairs<T, W>();
+template <class T, int W, bool PAIRED = multiplies_pairs<T, W>()> struct Cells {
+  static constexpr bool WHOLE = std::is_same_v<T, int8_t>, PAIRS = PAIRED;
   static constexpr int GROUP = PAIRS ? 2 : 1;  // values in a cell
   typedef std::conditional_t<WHOLE, int32_t, float> Sum;
   typedef std::conditional_t<PAIRS, uint32_t, Sum> Cell;
@@ -115,17 +130,29 @@ template <class T, int W> struct Cells {
   }
 };
 
-// source [K][COLUMNS] -> cells [K / GROUP][COLUMNS]; a lone k is paired with zeros
+// W cells of [K][COLUMNS] from p on, where k is even; a lone k is paired with zeros
+template <class C, int K, int COLUMNS, int W, class T> INLINE auto column_cells(const T* p) {
+  auto cells = C::template single<W>(p);
+  if constexpr (C::PAIRS && K > 1) cells |= C::template single<W>(p + COLUMNS) << 16;
+  return cells;
+}
+// source [K][COLUMNS] -> cells [K / GROUP][COLUMNS]
 template <class C, int K, int COLUMNS, class T>
 INLINE void pack_columns(const T* source, typename C::Cell* __restrict target) {
   constexpr int W = least(WIDEST, COLUMNS);
   for (int k = 0; k < K; k += C::GROUP)
     for (int j = 0; j < COLUMNS; j += W) {
-      const T* p = source + k * COLUMNS + j;
-      auto cells = C::template single<W>(p);
-      if constexpr (C::PAIRS && K > 1) cells |= C::template single<W>(p + COLUMNS) << 16;
+      const auto cells = column_cells<C, K, COLUMNS, W>(source + k * COLUMNS + j);
       store(target + k / C::GROUP * COLUMNS + j, cells);
     }
+}
+// source [K][COLUMNS] -> cells [COLUMNS][K / GROUP]
+template <class C, int K, int COLUMNS, class T>
+INLINE void pack_columns_transposed(const T* source, typename C::Cell* __restrict target) {
+  constexpr int DEPTH = K / C::GROUP, W = least(WIDEST, least(COLUMNS, DEPTH));
+  transpose<DEPTH, COLUMNS, W>([&](int n) {
+    return column_cells<C, K, COLUMNS, W>(source + n / COLUMNS * C::GROUP * COLUMNS + n % COLUMNS);
+  }, target);
 }
 // source [ROWS][K] -> cells [ROWS][K / GROUP]
 template <class C, int ROWS, int K, class T>
@@ -178,14 +205,94 @@ INLINE void product_of_cells(const T* a, const T* b, I init, D done) {
   }
 }
 
+// ---- the product of cells by AMX, whose 8 registers have 16 rows of 16 cells each
+// what a thread needs around products that fit, if there are any
+template <bool ANY> struct AmxSession {};
+#if defined(HAS_AMX)
+// Linux lends the registers to a process that asks for them, once and for all of its threads; or doesn't.
+INLINE bool may_use_amx() {
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return granted;
+}
+// Each thread says how it divides them. That takes 0.1 us, a product of 64 x 64 x 64 0.5 us with all packing.
+template <> struct AmxSession<true> {
+  __attribute__((always_inline)) AmxSession() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, unused[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int at = 0; at < 8; ++at) shape.row_bytes[at] = 64, shape.rows[at] = 16;
+    if (may_use_amx()) asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
+  }
+  __attribute__((always_inline)) ~AmxSession() {
+    if (may_use_amx()) asm volatile("tilerelease" ::: "memory");
+  }
+};
+
+// By assembly, for the compilers' own functions don't say that they read memory. stride: bytes from row to row
+template <int AT> INLINE void amx_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(AT)); }
+template <int AT> INLINE void amx_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(AT), "r"(p), "r"(stride) : "memory");
+}
+template <int AT> INLINE void amx_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(AT), "r"(p), "r"(stride) : "memory");
+}
+// For each pair of rows and columns TDPBF16PS adds up 16 products of lower halves and 16 of upper ones apart, then both,
+// then that to the sum, each time rounding to the nearest. So the bounds of VDPBF16PS hold (see Cells), but for a
+// sixteenth more where subnormal results count as zero.
+template <int SUM, int A, int B> INLINE void amx_add_product() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+}
+
+template <class F, int... I> INLINE void each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, class F> INLINE void each(F f) { each(f, std::make_integer_sequence<int, COUNT>()); }
+
+// MB x NB registers of sums: a is [MB * 16][DEPTH]; b and sums are parts of rows of N
+template <int MB, int NB, int N, int DEPTH> INLINE void amx_block(const uint32_t* a, const uint32_t* b, float* sums) {
+  constexpr int A = MB * NB, B = A + MB;  // the first registers of operands
+  each<MB * NB>([](auto sum) { amx_zero<sum>(); });
+  for (int k = 0; k < DEPTH; k += 16) {
+    each<MB>([&](auto i) { amx_load<A + i>(a + i * 16 * DEPTH + k, 4 * DEPTH); });
+    each<NB>([&](auto j) {
+      constexpr int AT = B + j % (8 - B);
+      amx_load<AT>(b + k * N + j * 16, 4 * N);
+      each<MB>([&](auto i) { amx_add_product<i * NB + j, A + i, AT>(); });
+    });
+  }
+  each<MB * NB>([&](auto at) { amx_store<at>(sums + at / NB * 16 * N + at % NB * 16, 4 * N); });
+}
+// a is [M][DEPTH], b [DEPTH][N]
+template <class C, int M, int N, int DEPTH, class I, class D>
+INLINE void product_by_amx(const uint32_t* a, const uint32_t* b, I init, D done) {
+  constexpr int MB = least(M / 16, 2), NB = least(N / 16, 4 / MB), ROWS = 16 * MB;
+  typedef V<float, 16> Sums;
+  alignas(64) float sums[ROWS * N];
+  for (int i0 = 0; i0 < M; i0 += ROWS, a += ROWS * DEPTH) {
+    if (may_use_amx()) {
+      for (int j = 0; j < N; j += 16 * NB) amx_block<MB, NB, N, DEPTH>(a, b + j, sums + j);
+    } else {
+      product_of_cells<C, ROWS, N, DEPTH, 16, DEPTH, 1>(
+          a, b, [](int, int) { return Sums{}; }, [&](int i, int j, Sums x) { store(sums + i * N + j, x); });
+    }
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j += 16) done(i0 + i, j, init(i0 + i, j) + load<float, 16>(sums + i * N + j));
+  }
+}
+#endif
+
 // ---- C(i, j) = init(i, j) + sum over k of A(i, k) B(k, j)
 // a is [M][K], or [K][M] if it is transposed; b is [K][N], or [N][K]; L and R, of one type: float, f16, bf16 (Acc is
 // float) or int8_t (Acc is int32_t). init(i, j) gives the start of columns j .. j + W - 1, done(i, j, x) takes the
-// result, once for each vector. M, N, K and W are powers of two.
+// result, once for each vector. M, N, K and W are powers of two. Where the product fits_amx, the thread has a session.
 template <class Acc, int M, int N, int K, int W, class L, bool LEFT_TRANSPOSED, class R, bool RIGHT_TRANSPOSED, class I,
           class D>
 INLINE void product(const L* a, const R* b, I init, D done) {
-  typedef Cells<L, W> C;
+  constexpr bool AMX = fits_amx<L, M, N, K, W>();
+  typedef Cells<L, W, AMX || multiplies_pairs<L, W>()> C;
   typedef typename C::Cell Cell;
   static_assert(std::is_same_v<L, R> && std::is_same_v<Acc, typename C::Sum>, "both operands and the sums agree");
   constexpr bool LONE = K < C::GROUP;  // then [K][N] and [N][K] are the same
@@ -197,10 +304,15 @@ INLINE void product(const L* a, const R* b, I init, D done) {
   alignas(64) Cell left[KEEPS_LEFT ? 1 : M * DEPTH], right[KEEPS_RIGHT ? 1 : DEPTH * N];
   const Cell *x = left, *y = right;
   if constexpr (KEEPS_LEFT) x = (const Cell*)a;
+  else if constexpr (AMX) pack_columns_transposed<C, K, M>(a, left);
   else if constexpr (LEFT_TRANSPOSED || LONE) pack_columns<C, K, M>(a, left);
   else pack_rows<C, M, K>(a, left);
   if constexpr (KEEPS_RIGHT) y = (const Cell*)b;
   else if constexpr (RIGHT_TRANSPOSED && !LONE) pack_transposed<C, N, K>(b, right);
   else pack_columns<C, K, N>(b, right);
+#if defined(HAS_AMX)
+  if constexpr (AMX) product_by_amx<C, M, N, DEPTH>(x, y, init, done);
+  else
+#endif
   product_of_cells<C, M, N, DEPTH, W, LEFT_TRANSPOSED ? 1 : DEPTH, LEFT_TRANSPOSED ? M : 1>(x, y, init, done);
 }

@@ -357,8 +357,10 @@ def product(draft: Draft) -> None:
     ways += [("bf16", "")] * (draft.has("dot_bf16") and draft.has("bf16")) + [("int8", "")] * draft.has("dot_int8")
     kind, precision = draft.one(ways)
     least = {"fp32": 8, "int8": 32}.get(kind, 16)
-    sizes = [1, 2, 4, 8, 16, 32]
-    m, n, k = draft.one(sizes), draft.one(sizes), draft.one([least, least, 2 * least])
+    sizes, depths = [1, 2, 4, 8, 16, 32], [least, least, 2 * least]
+    if kind == "bf16":  # more often as large as AMX takes them: 16 x 16 x 32
+        sizes, depths = [1, 4, 16, 16, 32, 32], [16, 32, 32]
+    m, n, k = draft.one(sizes), draft.one(sizes), draft.one(depths)
     out = "int32" if kind == "int8" else "fp32"
     start = []
     if draft.chance(0.5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SOURCE = """
 template <class Acc, class T, int M, int N, int K, bool LEFT, bool RIGHT>
 void run(const void* a, const void* b, const void* start, void* result, int32_t* begun, int32_t* ended) {
   constexpr int W = least(WIDEST, N);
+  const AmxSession<fits_amx<T, M, N, K, W>()> session{};
   product<Acc, M, N, K, W, T, LEFT, T, RIGHT>((const T*)a, (const T*)b,
     [&](int i, int j) __attribute__((always_inline)) -> V<Acc, W> {
       ++begun[i * N + j];
@@ -44,6 +46,10 @@ EXPORT int lanes_at_once() { return WIDEST; }
 EXPORT int pairs(int width) {
   return (width == 4 ? multiplies_pairs<bf16, 4>() : multiplies_pairs<bf16, WIDEST>()) +
          2 * (width == 4 ? multiplies_pairs<int8_t, 4>() : multiplies_pairs<int8_t, WIDEST>());
+}
+EXPORT int by_amx() {
+  return fits_amx<bf16, 16, 16, 32, WIDEST>() + 2 * fits_amx<bf16, 16, 16, 16, WIDEST>() +
+         4 * fits_amx<float, 64, 64, 64, WIDEST>();
 }
 """
 
@@ -171,3 +177,30 @@ def test_pairs_are_multiplied_where_the_machine_can(level):
     x86 = int8 if machine.features() & {"sse2"} else 0
     assert library(level).lanes_at_once() == level.lanes
     assert found == ((bf16 | int8,) * 2 if level is machine.AVX512_BF16 else (x86, x86))
+
+
+def order_of_sums(level: machine.Level) -> float:
+    """2**24 + 1 - 2**24: 1 where the products of even k and those of odd k are added up apart, as AMX does; 0 where
+    they are added one by one."""
+    m, n, k = BLOCK
+    a, b = torch.ones(m, k).bfloat16(), torch.zeros(k, n).bfloat16()
+    b[0], b[1], b[2] = 2.0**24, 1.0, -(2.0**24)
+    found = {run(level, "bf16", at, a, b, torch.zeros(m, n)).unique().item() for at in range(len(SIDES))}
+    assert cases("bf16")[len(SIDES) - 1][:3] == BLOCK and len(found) == 1
+    return found.pop()
+
+
+def test_large_products_of_bf16_are_by_amx_where_the_machine_can(level):
+    has_amx = level is machine.AMX_BF16
+    assert library(level).by_amx() == has_amx
+    assert order_of_sums(level) == has_amx
+
+
+def test_every_thread_may_multiply(level):
+    """Each has registers of its own, which are divided anew."""
+    m, n, k = BLOCK
+    a, b, start = operands("bf16", m, n, k, seed=0)
+    expected = run(level, "bf16", 0, a, b, start)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: run(level, "bf16", 0, a, b, start), range(64)))
+    assert all(torch.equal(x, expected) for x in found)
