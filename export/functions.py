@@ -6,104 +6,60 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from onnx import TensorProto, helper
-from onnx.defs import OpSchema
-from onnxscript import opset18 as op
-from onnxscript.values import Op
 
-from fastattn.export.ops import domain
-from fastattn.export.ops.smyrf_attention import FUNCTIONS
-from fastattn.methods import smyrf as _defines_the_torch_op  # noqa: F401
-
-_FLOATS = ["tensor(float)"]
-
-
-class NotExportable(ValueError):
-    """A call of our op that no node of ours stands for."""
-
-
-def _node(name: str, inputs: str, masks: str, outputs: str, attributes: dict[str, OpSchema.AttrType]) -> Op:
-    """A bare node: the exporter would write a function used here out into its parts."""
-    schema = OpSchema(
-        name,
-        domain.NAME,
-        domain.VERSION,
-        inputs=[
-            *(OpSchema.FormalParameter(word, "T") for word in inputs.split()),
-            *(OpSchema.FormalParameter(word, "tensor(bool)") for word in masks.split()),
-        ],
-        outputs=[OpSchema.FormalParameter(word, "T") for word in outputs.split()],
-        type_constraints=[("T", _FLOATS, "")],
-        attributes=[OpSchema.Attribute(word, kind, "", required=True) for word, kind in attributes.items()],
-    )
-    return Op(domain.DOMAIN, name, schema)
-
-
-_SMYRF = _node(
-    "SmyrfAttention",
-    "q k v projections",
-    "key_mask query_mask",
-    "out lse",
-    {
-        "q_cluster_size": OpSchema.AttrType.INT,
-        "k_cluster_size": OpSchema.AttrType.INT,
-        "scale": OpSchema.AttrType.FLOAT,
-        "packed": OpSchema.AttrType.INT,
-    },
+from fastattn.export.ops import (
+    block_attention,
+    block_attention_with_options,
+    block_softmax,
+    centroid_attention,
+    cluster_attention,
+    clustered_attention,
+    domain,
+    hamming_kmeans,
+    hash_argmax,
+    hash_bits,
+    improved_clustered_attention,
+    linear_attention,
+    linear_attention_step,
+    local_blocks,
+    lsh_attention,
+    smyrf_attention,
+    sorted_blocks,
+    stable_argsort,
+    topk_attention,
 )
+
+# one file an op: its functions, what becomes such a node, and how
+_OPS = tuple(
+    module.OP
+    for module in (
+        block_attention,
+        block_attention_with_options,
+        block_softmax,
+        centroid_attention,
+        cluster_attention,
+        clustered_attention,
+        hamming_kmeans,
+        hash_argmax,
+        hash_bits,
+        improved_clustered_attention,
+        linear_attention,
+        linear_attention_step,
+        local_blocks,
+        lsh_attention,
+        smyrf_attention,
+        sorted_blocks,
+        stable_argsort,
+        topk_attention,
+    )
+)
+FUNCTIONS = {function.name: function for op in _OPS for function in op.functions}
+_SETTINGS = {function.name: op.settings for op in _OPS for function in op.functions}
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch op -> function that emits our node, for torch.onnx.export."""
-    return {torch.ops.fastattn.smyrf_attention.default: _smyrf}
-
-
-def _smyrf(
-    q: Any,
-    k: Any,
-    v: Any,
-    projections: Any = None,
-    key_mask: Any = None,
-    query_mask: Any = None,
-    q_cluster_size: int = 64,
-    k_cluster_size: int | None = None,
-    scale: float = 1.0,
-    n_hashes: int = 1,
-    is_causal: bool = False,
-    correct_duplicates: bool = False,
-    local_window: int = 0,
-) -> Any:
-    unknown = {
-        "is_causal=True": is_causal,
-        "correct_duplicates=True": correct_duplicates,
-        f"local_window={local_window}": local_window > 0,
-        "directions='principal'": projections is None,
-    }
-    if named := ", ".join(name for name, is_set in unknown.items() if is_set):
-        raise NotExportable(f"smyrf_attention can't be exported to ONNX with {named}: the node knows none of these")
-    same_length = q.shape[2] == k.shape[2]
-    if query_mask is None and not same_length and not all(isinstance(x.shape[2], int) for x in (q, k)):
-        raise NotExportable(
-            f"can't tell at export whether {q.shape[2]} queries and {k.shape[2]} keys are the same tokens: "
-            "give a query_mask"
-        )
-    self_like = query_mask is None and same_length
-    all_alike = op.Constant(value=helper.make_tensor("all", TensorProto.BOOL, [1, 1], [True]))
-    key_mask = all_alike if key_mask is None else key_mask
-    query_mask = query_mask if query_mask is not None else key_mask if self_like else all_alike
-    return _SMYRF(
-        q,
-        k,
-        v,
-        projections,
-        key_mask,
-        query_mask,
-        q_cluster_size=q_cluster_size,
-        k_cluster_size=k_cluster_size or 0,
-        scale=scale,
-        packed=int(self_like and k_cluster_size in (None, q_cluster_size)),
-    )
+    return {torch_op: emit for op in _OPS for torch_op, emit in op.translations.items()}
 
 
 def check_opset(opset: int) -> None:
@@ -112,19 +68,29 @@ def check_opset(opset: int) -> None:
 
 
 def attach(model: ir.Model, opset: int) -> list[dict[str, Any]]:
-    """Adds the bodies of our ops to ``model``, if it has nodes of ours; returns what these are set to, node by node."""
+    """Adds the bodies that ``model``'s nodes of ours reach; returns what these nodes are set to, one by one."""
     nodes = [node for node in model.graph.all_nodes() if node.domain == domain.NAME]
     if nodes:
         model.opset_imports[domain.NAME] = domain.VERSION
-        for function in FUNCTIONS:
-            body = ir.serde.deserialize_function(function.to_function_proto())
-            body.opset_imports[""] = opset
+        for body in bodies({node.op_type for node in nodes}, opset):
             model.functions[body.identifier()] = body
     return [_settings(node) for node in nodes]
 
 
+def bodies(names: set[str], opset: int = domain.OLDEST_OPSET) -> list[ir.Function]:
+    """The functions of these names and all that they call."""
+    found: dict[str, ir.Function] = {}
+    missing = sorted(names)
+    while missing:
+        name = missing.pop()
+        found[name] = body = ir.serde.deserialize_function(FUNCTIONS[name].to_function_proto())
+        # onnxscript looks for neither in the bodies of loops
+        body.opset_imports.update({"": opset, domain.NAME: domain.VERSION})
+        called = {node.op_type for node in body.all_nodes() if node.domain == domain.NAME}
+        missing += sorted(called - found.keys() - set(missing))
+    return list(found.values())
+
+
 def _settings(node: ir.Node) -> dict[str, Any]:
-    settings = {name: attribute.value for name, attribute in node.attributes.items()}
-    projections = node.inputs[3]
-    rounds = None if projections is None or projections.shape is None else projections.shape[1]
-    return {"op": node.op_type, "n_hashes": rounds, **settings}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return {"op": node.op_type, **_SETTINGS[node.op_type](node), **attributes}

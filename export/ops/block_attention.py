@@ -1,94 +1,94 @@
-"""``fastattn::BlockAttention`` in standard ops: blocks of gathered queries attend to blocks of gathered keys."""
+"""``fastattn::BlockAttention`` in standard ops: blocks of gathered queries attend to blocks of gathered keys.
+
+T: fp32 or fp16, computed in fp32. This is :func:`fastattn.ops.block_attention.block_attention` without options; with
+them it is ``BlockAttentionWithOptions``.
+"""
 
 # onnxscript evaluates annotations: no `from __future__ import annotations` here
 
 from typing import Any
 
-from onnx import TensorProto
+import torch
+from onnx import TensorProto, helper
 from onnxscript import opset18, script
 
+from fastattn.export.ops import block_attention_with_options as with_options
+from fastattn.export.ops.block_softmax import BlockSoftmax, MergeRounds
 from fastattn.export.ops.domain import DOMAIN
+from fastattn.export.ops.masks import or_all
+from fastattn.export.ops.node import FLOAT, ExportedOp, NotExportable, node
+from fastattn.ops.block_attention import SELF_MODES
 
-INT64 = TensorProto.INT64
 op: Any = opset18  # a body is a graph that looks like Python: its types are ONNX's
 
 
 @script(DOMAIN, default_opset=op)
 def BlockAttention(q, k, v, q_index, k_index, scale: float):
-    """q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), q_index (B, H, R, nb, Cq) and k_index (B, H, R, nb, Ck)
-    int32 with -1 for padding -> out (B, H, N, Dv), lse (B, H, N). A row that meets no key has out 0 and lse -inf."""
-    one = op.Constant(value_ints=[1])
-    nought = op.Constant(value_int=0)
-    minus_one = op.Constant(value_int=-1)
-    zero = op.CastLike(op.Constant(value_float=0.0), q)
-    batch = op.Shape(q, start=0, end=1)
-    heads = op.Shape(q, start=1, end=2)
-    kv_heads = op.Shape(k, start=1, end=2)
-    n = op.Shape(q, start=2, end=3)
-    s = op.Shape(k, start=2, end=3)
-    q_slots = op.Cast(q_index, to=INT64)
-    k_slots = op.Cast(k_index, to=INT64)
+    """q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), T; q_index (B, H, R, nb, Cq) and k_index (B, H, R, nb, Ck)
+    int32 with -1 for padding -> out (B, H, N, Dv) T, lse (B, H, N) fp32. The rounds are one softmax over all keys that
+    a row met. A row that meets no key has out 0 and lse -inf."""
+    is_key = op.Unsqueeze(op.GreaterOrEqual(k_index, op.CastLike(op.Constant(value_int=0), k_index)), [4])
+    round_out, round_lse = BlockSoftmax(q, k, v, q_index, k_index, is_key, scale=scale)
+    out, lse = MergeRounds(round_out, round_lse)
+    return op.CastLike(out, q), lse
 
-    # every (batch, head) is a stretch of rows; leading dimensions are always spelt out, for a -1 there would take up
-    # whatever doesn't divide and mix the heads
-    pairs = batch * heads
-    pair = op.Range(op.Constant(value_int=0), op.Squeeze(pairs), op.Constant(value_int=1))
-    group = op.Squeeze(heads / kv_heads)
-    kv_pair = (pair / op.Squeeze(heads)) * op.Squeeze(kv_heads) + (pair % op.Squeeze(heads)) / group
-    per_pair = op.Concat(batch, heads, one, one, one, axis=0)
-    q_rows = op.Max(q_slots, nought) + op.Reshape(pair * op.Squeeze(n), per_pair)
-    key_is_real = op.Greater(k_slots, minus_one)  # [B, H, R, nb, Ck]
-    kv_size = batch * kv_heads * s
-    k_rows = op.Where(key_is_real, k_slots + op.Reshape(kv_pair * op.Squeeze(s), per_pair), kv_size)
-    flat_q = op.Reshape(q, op.Concat(pairs * n, op.Shape(q, start=3), axis=0))
-    # padding reads a row of zeros: whatever stands in rows that take no part, NaN too, has no effect
-    flat_k = op.Reshape(k, op.Concat(kv_size, op.Shape(k, start=3), axis=0))
-    flat_k = op.Concat(flat_k, op.Expand(zero, op.Concat(one, op.Shape(k, start=3), axis=0)), axis=0)
-    flat_v = op.Reshape(v, op.Concat(kv_size, op.Shape(v, start=3), axis=0))
-    flat_v = op.Concat(flat_v, op.Expand(zero, op.Concat(one, op.Shape(v, start=3), axis=0)), axis=0)
-    blocks_q = op.Gather(flat_q, q_rows, axis=0)  # [B, H, R, nb, Cq, D]
-    blocks_k = op.Gather(flat_k, k_rows, axis=0)  # [B, H, R, nb, Ck, D]
-    blocks_v = op.Gather(flat_v, k_rows, axis=0)  # [B, H, R, nb, Ck, Dv]
 
-    scaled = blocks_q * op.CastLike(op.Constant(value_float=scale), q)
-    scores = op.MatMul(scaled, op.Transpose(blocks_k, perm=[0, 1, 2, 3, 5, 4]))  # [B, H, R, nb, Cq, Ck]
-    infinity = op.CastLike(op.Constant(value_float=float("inf")), q)
-    scores = op.Where(op.Unsqueeze(key_is_real, [4]), scores, op.Neg(infinity))
-    top = op.ReduceMax(scores, [-1], keepdims=1)
-    top = op.Where(op.IsInf(top), zero, top)  # no key in the block: exp(-inf - 0) is 0, where -inf - -inf is NaN
-    weights = op.Exp(scores - top)
-    total = op.ReduceSum(weights, [-1], keepdims=1)
-    some = op.Where(op.Greater(total, zero), total, zero + 1.0)
-    block_out = op.MatMul(weights, blocks_v) / some  # [B, H, R, nb, Cq, Dv]
-    block_lse = top + op.Log(total)
+_NODE = node("BlockAttention", "q k v q_index:int32 k_index:int32", "out lse:float", {"scale": FLOAT})
 
-    # where each row stands in each round: a scatter of slot numbers, with one column more for the padding
-    rounds = op.Shape(q_index, start=2, end=3)
-    slots = op.Shape(q_index, start=3, end=4) * op.Shape(q_index, start=4, end=5)
-    per_round = op.Concat(batch, heads, rounds, slots, axis=0)
-    rows = op.Reshape(op.Where(q_slots < 0, op.Squeeze(n), q_slots), per_round)
-    nowhere = op.Expand(minus_one, op.Concat(batch, heads, rounds, n + 1, axis=0))
-    slot = op.Range(op.Constant(value_int=0), op.Squeeze(slots), op.Constant(value_int=1))
-    place = op.ScatterElements(nowhere, rows, op.Expand(slot, per_round), axis=3)
-    place = op.Slice(place, [0], n, [3])  # [B, H, R, N]
-    stretch = op.Range(op.Constant(value_int=0), op.Squeeze(pairs * rounds), op.Constant(value_int=1)) * op.Squeeze(
-        slots
+
+def _translate(
+    q: Any,
+    k: Any,
+    v: Any,
+    q_index: Any,
+    k_index: Any,
+    scale: float = 1.0,
+    fallback: bool = True,
+    look_back: int = 0,
+    look_ahead: int = 0,
+    wrap: bool = True,
+    is_causal: bool = False,
+    self_mode: str = "attend",
+    correct_duplicates: bool = False,
+    dropout_p: float = 0.0,
+    key_mask: Any = None,
+    q_bucket: Any = None,
+    k_bucket: Any = None,
+    local_index_q: Any = None,
+    local_index_k: Any = None,
+    seed: Any = None,
+    n_used_blocks: Any = None,
+) -> Any:
+    if dropout_p > 0:
+        raise NotExportable(f"block_attention can't be exported to ONNX with dropout_p={dropout_p}")
+    given = (key_mask, q_bucket, local_index_q, n_used_blocks)
+    if not (look_back or look_ahead or is_causal or self_mode != "attend" or correct_duplicates) and all(
+        tensor is None for tensor in given
+    ):
+        return _NODE(q, k, v, q_index, k_index, scale=scale)
+    nowhere = op.Constant(value=helper.make_tensor("nowhere", TensorProto.INT32, [1, 1, 1, 1, 1], [-1]))
+    alike = op.Constant(value=helper.make_tensor("alike", TensorProto.INT32, [1, 1, 1, 1], [0]))
+    return with_options.NODE(
+        q,
+        k,
+        v,
+        q_index,
+        k_index,
+        nowhere if local_index_q is None else local_index_q,
+        nowhere if local_index_k is None else local_index_k,
+        alike if q_bucket is None else q_bucket,
+        alike if k_bucket is None else k_bucket,
+        op.Cast(op.Shape(q_index, start=3, end=4), to=TensorProto.INT32) if n_used_blocks is None else n_used_blocks,
+        or_all(key_mask),
+        scale=scale,
+        look_back=look_back,
+        look_ahead=look_ahead,
+        wrap=int(wrap),
+        is_causal=int(is_causal),
+        self_mode=SELF_MODES.index(self_mode),
+        across_buckets=int(q_bucket is None),
+        correct_duplicates=int(correct_duplicates),
     )
-    source = op.Max(place, nought) + op.Reshape(stretch, op.Concat(batch, heads, rounds, one, axis=0))
 
-    all_slots = pairs * rounds * slots
-    round_out = op.Gather(op.Reshape(block_out, op.Concat(all_slots, op.Shape(v, start=3), axis=0)), source, axis=0)
-    round_lse = op.Gather(op.Reshape(block_lse, all_slots), source, axis=0)
-    round_lse = op.Where(place < 0, op.Neg(infinity), round_lse)  # [B, H, R, N]
 
-    # the rounds together are one softmax over all keys that were met
-    highest = op.ReduceMax(round_lse, [2], keepdims=1)
-    highest = op.Where(op.IsInf(highest), zero, highest)
-    share = op.Exp(round_lse - highest)
-    mass = op.ReduceSum(share, [2], keepdims=1)
-    share = share / op.Where(op.Greater(mass, zero), mass, zero + 1.0)
-    out = op.ReduceSum(round_out * op.Unsqueeze(share, [4]), [2], keepdims=0)
-    met_a_key = op.Unsqueeze(op.Greater(op.Squeeze(mass, [2]), zero), [3])
-    out = op.Where(met_a_key, out, zero)
-    lse = op.Squeeze(highest + op.Log(mass), [2])
-    return out, lse
+OP = ExportedOp(functions=(BlockAttention,), translations={torch.ops.fastattn.block_attention.default: _translate})

@@ -1,24 +1,66 @@
-"""``fastattn::SmyrfAttention`` in standard ops: hash, cut into blocks, attend. The definition is in
-:func:`fastattn.smyrf_attention`; three nested functions, each of which a library may replace."""
+"""``fastattn::SmyrfAttention`` and ``SmyrfAttentionWithOptions`` in standard ops: hash, cut into blocks, attend.
+
+The definition is :func:`fastattn.smyrf_attention`; each of the nested functions may be replaced by a library. T is fp32
+or fp16; hashes and sums are fp32.
+
+| input | shape | |
+|---|---|---|
+| q | (B, H, N, D) T | |
+| k, v | (B, Hkv, S, D), (B, Hkv, S, Dv) T | |
+| projections | (D + 2, R) fp32 | |
+| key_mask, query_mask | (B, S), (B, N) bool | or (1, 1) for "all alike" |
+
+| attribute | |
+|---|---|
+| q_cluster_size, k_cluster_size | int; 0 for keys: as many as it takes |
+| scale | float |
+| packed | int; 1: blocks are filled one after the other; 0: queries and keys are cut at the same quantiles |
+
+packed=1 is for queries and keys that are the same tokens, with one mask and one cluster size.
+
+SmyrfAttentionWithOptions has besides, and N = S with the first three:
+
+| attribute | |
+|---|---|
+| is_causal | int, 0 or 1 |
+| self_mode | int, as of BlockAttentionWithOptions: 3 ("once") if causal, else 0 |
+| local_window | int; 0: none |
+| correct_duplicates | int, 0 or 1 |
+
+Outputs: out (B, H, N, Dv) T, lse (B, H, N) fp32.
+"""
 
 # onnxscript evaluates annotations: no `from __future__ import annotations` here
 
 from typing import Any
 
+import onnx_ir as ir
+import torch
 from onnx import TensorProto
 from onnxscript import opset18, script
 
 from fastattn.export.ops.block_attention import BlockAttention
+from fastattn.export.ops.block_attention_with_options import BlockAttentionWithOptions
 from fastattn.export.ops.domain import DOMAIN
+from fastattn.export.ops.local_blocks import LocalBlocks
+from fastattn.export.ops.masks import or_all
+from fastattn.export.ops.node import FLOAT, INT, ExportedOp, NotExportable, as_fp32, node, shape_of
+from fastattn.export.ops.sorted_blocks import SortedBlocks
+from fastattn.methods import smyrf as _defines_the_torch_op  # noqa: F401
+from fastattn.ops.block_attention import SELF_MODES
 
+BOOL = TensorProto.BOOL
+FP32 = TensorProto.FLOAT
 op: Any = opset18  # a body is a graph that looks like Python: its types are ONNX's
 
 
 @script(DOMAIN, default_opset=op)
 def SmyrfHash(q, k, projections, query_mask, key_mask):
-    """q (B, H, N, D), k (B, Hkv, S, D), projections (D + 2, R), query_mask (B, N) and key_mask (B, S) bool ->
-    q_hash (B, H, R, N), k_hash (B, H, R, S): the sphere transforms on the R directions."""
-    zero = op.CastLike(op.Constant(value_float=0.0), q)
+    """q (B, H, N, D), k (B, Hkv, S, D) T, projections (D + 2, R) fp32, query_mask (B, N) and key_mask (B, S) bool ->
+    q_hash (B, H, R, N), k_hash (B, H, R, S) fp32: the sphere transforms on the R directions."""
+    q = op.Cast(q, to=FP32)
+    k = op.Cast(k, to=FP32)
+    zero = op.Constant(value_float=0.0)
     heads = op.Squeeze(op.Shape(q, start=1, end=2))
     kv_heads = op.Squeeze(op.Shape(k, start=1, end=2))
     kv_head = op.Range(op.Constant(value_int=0), heads, op.Constant(value_int=1)) / (heads / kv_heads)
@@ -43,53 +85,14 @@ def SmyrfHash(q, k, projections, query_mask, key_mask):
 
 
 @script(DOMAIN, default_opset=op)
-def SortedBlocks(hashes, mask, n_blocks, block_size, packed: int):
-    """hashes (B, H, R, N), mask (B, N) bool, n_blocks and block_size (1,) int64 -> (B, H, R, n_blocks, block_size)
-    int32: the rows that take part, sorted by hash, cut into blocks; -1 where there is none.
-
-    packed=1 fills one block after the other; 0 cuts at n_blocks quantiles. Equal hashes keep their order."""
-    zero = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    n = op.Shape(hashes, start=3, end=4)
-    infinity = op.CastLike(op.Constant(value_float=float("inf")), hashes)
-    taking_part = op.Where(op.Unsqueeze(mask, [1, 2]), hashes, infinity)
-    _sorted_hashes, order = op.TopK(taking_part, n, axis=-1, largest=0, sorted=1)  # [B, H, R, N]
-
-    count = op.ReduceSum(op.Cast(mask, to=TensorProto.INT64), [1], keepdims=1)  # [B, 1]
-    block = op.Range(op.Constant(value_int=0), op.Squeeze(n_blocks), op.Constant(value_int=1))  # [nb]
-    is_packed = op.Cast(op.Constant(value_int=packed), to=TensorProto.BOOL)
-    first = op.Where(is_packed, op.Min(block * block_size, count), block * count / n_blocks)  # [B, nb]
-    last = op.Where(is_packed, op.Min((block + 1) * block_size, count), (block + 1) * count / n_blocks)
-    slot = op.Range(op.Constant(value_int=0), op.Squeeze(block_size), op.Constant(value_int=1))
-    rank = op.Unsqueeze(first, [2]) + slot  # [B, nb, C]
-    inside = op.Less(rank, op.Unsqueeze(last, [2]))
-
-    batch = op.Shape(hashes, start=0, end=1)
-    heads_and_rounds = op.Shape(hashes, start=1, end=3)
-    rank = op.Reshape(op.Min(rank, n - 1), op.Concat(batch, one, one, n_blocks * block_size, axis=0))
-    rank = op.Expand(rank, op.Concat(batch, heads_and_rounds, n_blocks * block_size, axis=0))
-    rows = op.GatherElements(order, rank, axis=3)
-    rows = op.Reshape(rows, op.Concat(batch, heads_and_rounds, n_blocks, block_size, axis=0))
-    return op.Cast(op.Where(op.Unsqueeze(inside, [1, 2]), rows, zero - 1), to=TensorProto.INT32)
-
-
-@script(DOMAIN, default_opset=op)
-def SmyrfAttention(
-    q, k, v, projections, key_mask, query_mask, q_cluster_size: int, k_cluster_size: int, scale: float, packed: int
-):
-    """q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), projections (D + 2, R), key_mask (B, S) and query_mask
-    (B, N) bool, or (1, 1) for "all alike" -> out (B, H, N, Dv), lse (B, H, N).
-
-    k_cluster_size: 0 is as many keys as it takes. packed: queries and keys are the same tokens, with one mask and one
-    cluster size, and fill their blocks one after the other; 0 cuts both at the same quantiles."""
-    batch = op.Shape(q, start=0, end=1)
+def SmyrfBlocks(q, k, projections, key_mask, query_mask, q_cluster_size: int, k_cluster_size: int, packed: int):
+    """q, k, projections and attributes as of SmyrfAttention, key_mask (B, S) and query_mask (B, N) bool -> q_index
+    (B, H, R, nb, Cq), k_index (B, H, R, nb, Ck) int32: the rows that take part, as BlockAttention takes them."""
     n = op.Shape(q, start=2, end=3)
     s = op.Shape(k, start=2, end=3)
-    query_keep = op.Expand(query_mask, op.Concat(batch, n, axis=0))
-    key_keep = op.Expand(key_mask, op.Concat(batch, s, axis=0))
-    q_hash, k_hash = SmyrfHash(q, k, projections, query_keep, key_keep)
+    q_hash, k_hash = SmyrfHash(q, k, projections, query_mask, key_mask)
 
-    is_packed = op.Cast(op.Constant(value_int=packed), to=TensorProto.BOOL)
+    is_packed = op.Cast(op.Constant(value_int=packed), to=BOOL)
     q_size = op.Reshape(op.Constant(value_int=q_cluster_size), [1])
     k_size = op.Reshape(op.Constant(value_int=k_cluster_size), [1])
     wanted = (n + q_size - 1) / q_size
@@ -99,10 +102,116 @@ def SmyrfAttention(
     k_needed = op.Where(is_packed, q_size, (s + n_blocks - 1) / n_blocks)
     k_size = op.Where(op.Equal(k_size, 0), k_needed, k_size)
 
-    q_index = SortedBlocks(q_hash, query_keep, n_blocks, q_size, packed=packed)
-    k_index = SortedBlocks(k_hash, key_keep, n_blocks, k_size, packed=packed)
+    q_index = SortedBlocks(q_hash, query_mask, n_blocks, q_size, packed=packed)
+    k_index = SortedBlocks(k_hash, key_mask, n_blocks, k_size, packed=packed)
+    return q_index, k_index
+
+
+@script(DOMAIN, default_opset=op)
+def SmyrfAttention(
+    q, k, v, projections, key_mask, query_mask, q_cluster_size: int, k_cluster_size: int, scale: float, packed: int
+):
+    """Inputs, attributes and outputs: at the top of this file."""
+    batch = op.Shape(q, start=0, end=1)
+    query_keep = op.Expand(query_mask, op.Concat(batch, op.Shape(q, start=2, end=3), axis=0))
+    key_keep = op.Expand(key_mask, op.Concat(batch, op.Shape(k, start=2, end=3), axis=0))
+    q_index, k_index = SmyrfBlocks(
+        q, k, projections, key_keep, query_keep,
+        q_cluster_size=q_cluster_size, k_cluster_size=k_cluster_size, packed=packed,
+    )  # fmt: skip
     out, lse = BlockAttention(q, k, v, q_index, k_index, scale=scale)
     return out, lse
 
 
-FUNCTIONS = (SmyrfAttention, SmyrfHash, SortedBlocks, BlockAttention)
+@script(DOMAIN, default_opset=op)
+def SmyrfAttentionWithOptions(
+    q, k, v, projections, key_mask, query_mask,
+    q_cluster_size: int, k_cluster_size: int, scale: float, packed: int,
+    is_causal: int, self_mode: int, local_window: int, correct_duplicates: int,
+):  # fmt: skip
+    """Inputs, attributes and outputs: at the top of this file."""
+    batch = op.Shape(q, start=0, end=1)
+    n = op.Shape(q, start=2, end=3)
+    s = op.Shape(k, start=2, end=3)
+    query_keep = op.Expand(query_mask, op.Concat(batch, n, axis=0))
+    key_keep = op.Expand(key_mask, op.Concat(batch, s, axis=0))
+    q_index, k_index = SmyrfBlocks(
+        q, k, projections, key_keep, query_keep,
+        q_cluster_size=q_cluster_size, k_cluster_size=k_cluster_size, packed=packed,
+    )  # fmt: skip
+    # a local round needs a key for each query: where there is none, this cuts or prolongs the mask, and nobody looks
+    row = op.Min(op.Range(op.Constant(value_int=0), op.Squeeze(n), op.Constant(value_int=1)), s - 1)
+    local_q_index, local_k_index = LocalBlocks(
+        op.Shape(q, start=1, end=2), query_keep, op.Gather(key_keep, row, axis=1), window=local_window
+    )
+    no_bucket = op.Expand(op.Cast([0], to=TensorProto.INT32), [1, 1, 1, 1])
+    n_blocks = op.Cast(op.Shape(q_index, start=3, end=4), to=TensorProto.INT32)
+    out, lse = BlockAttentionWithOptions(
+        q, k, v, q_index, k_index, local_q_index, local_k_index, no_bucket, no_bucket, n_blocks, key_keep,
+        scale=scale, look_back=0, look_ahead=0, wrap=1, is_causal=is_causal, self_mode=self_mode, across_buckets=1,
+        correct_duplicates=correct_duplicates,
+    )  # fmt: skip
+    return out, lse
+
+
+_INPUTS = "q k v projections:float key_mask:bool query_mask:bool"
+_ATTRIBUTES = {"q_cluster_size": INT, "k_cluster_size": INT, "scale": FLOAT, "packed": INT}
+_OPTIONS = dict.fromkeys(("is_causal", "self_mode", "local_window", "correct_duplicates"), INT)
+_NODE = node("SmyrfAttention", _INPUTS, "out lse:float", _ATTRIBUTES)
+_NODE_WITH_OPTIONS = node("SmyrfAttentionWithOptions", _INPUTS, "out lse:float", _ATTRIBUTES | _OPTIONS)
+
+
+def _translate(
+    q: Any,
+    k: Any,
+    v: Any,
+    projections: Any = None,
+    key_mask: Any = None,
+    query_mask: Any = None,
+    q_cluster_size: int = 64,
+    k_cluster_size: int | None = None,
+    scale: float = 1.0,
+    n_hashes: int = 1,
+    is_causal: bool = False,
+    correct_duplicates: bool = False,
+    local_window: int = 0,
+) -> Any:
+    if projections is None:
+        raise NotExportable(
+            "smyrf_attention can't be exported to ONNX with directions='principal': they are eigenvectors, for which "
+            "ONNX has no operator"
+        )
+    same_length = q.shape[2] == k.shape[2]
+    if query_mask is None and not same_length and not all(isinstance(x.shape[2], int) for x in (q, k)):
+        raise NotExportable(
+            f"can't tell at export whether {q.shape[2]} queries and {k.shape[2]} keys are the same tokens: "
+            "give a query_mask"
+        )
+    self_like = query_mask is None and same_length
+    key_mask = or_all(key_mask)
+    query_mask = key_mask if self_like else or_all(query_mask)
+    inputs = (q, k, v, as_fp32(projections), key_mask, query_mask)
+    attributes = {
+        "q_cluster_size": q_cluster_size,
+        "k_cluster_size": k_cluster_size or 0,
+        "scale": scale,
+        "packed": int(self_like and k_cluster_size in (None, q_cluster_size)),
+    }
+    options = {"is_causal": is_causal, "local_window": local_window, "correct_duplicates": correct_duplicates}
+    if not any(options.values()):
+        return _NODE(*inputs, **attributes)
+    self_mode = SELF_MODES.index("once" if is_causal else "attend")
+    options = {name: int(value) for name, value in options.items()}
+    return _NODE_WITH_OPTIONS(*inputs, **attributes, **options, self_mode=self_mode)
+
+
+def _settings(node: ir.Node) -> dict[str, Any]:
+    shape = shape_of(node.inputs[3])
+    return {"n_hashes": None if shape is None else shape[1]}
+
+
+OP = ExportedOp(
+    functions=(SmyrfAttention, SmyrfAttentionWithOptions, SmyrfBlocks, SmyrfHash),
+    translations={torch.ops.fastattn.smyrf_attention.default: _translate},
+    settings=_settings,
+)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.methods.clustered import clustered_attention
+from fastattn.methods import clustered, improved_clustered
+from fastattn.methods.clustered import Clustering, clustered_attention
 from fastattn.methods.improved_clustered import improved_clustered_attention
 from fastattn.methods.smyrf import DIRECTIONS, smyrf_attention
 from fastattn.ops.hamming_kmeans import cluster_codes
@@ -91,14 +92,15 @@ def _draw_clustered(head_dim: int, knobs: dict[str, Any], generator: torch.Gener
     return torch.randn(knobs["n_bits"] + 1, head_dim + 1, generator=generator, dtype=torch.float32)
 
 
-def _attend_clustered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _attend_clustered(function: Callable[..., Tensor], as_node: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, draws: Tensor, knobs: dict[str, Any]
     ) -> Tensor:
+        seed = _seed_of(draws[-1, :MOST_BITS])
+        if torch.compiler.is_exporting():
+            return as_node(q, k, v, Clustering(draws[:-1], None, seed, None), key_mask, scale, **knobs)
         clustering = {name: knobs[name] for name in ("n_bits", "n_iterations")}
         rest = {name: value for name, value in knobs.items() if name not in clustering}
-        signs = (draws[-1, :MOST_BITS] > 0).long()
-        seed = (signs << torch.arange(len(signs), device=draws.device)).sum()
         codes = encode(q, draws[:-1], knobs["impl"])
         clusters = cluster_codes(
             codes, knobs["n_clusters"], mask=key_mask, initial=None, seed=seed, impl=knobs["impl"], **clustering
@@ -106,6 +108,15 @@ def _attend_clustered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(q, k, v, key_mask=key_mask, scale=scale, clusters=clusters, **rest)
 
     return attend
+
+
+def _seed_of(draw: Tensor) -> Tensor:
+    """The signs of ``draw`` as the bits of an int64. By halves, because ONNX Runtime's sums of int64 keep 53 bits."""
+    seed = draw.new_zeros((), dtype=torch.int64)
+    for start in range(0, len(draw), 32):
+        half = draw[start : start + 32] > 0
+        seed = seed + (half.long() * 2 ** torch.arange(len(half), device=draw.device)).sum() * 2**start
+    return seed
 
 
 _CLUSTERED = {"n_clusters": 100, "n_bits": 63, "n_iterations": 10, "impl": None}
@@ -128,13 +139,13 @@ METHODS = {
         name="clustered",
         knobs=_CLUSTERED,
         draw=_draw_clustered,
-        attend=_attend_clustered(clustered_attention),
+        attend=_attend_clustered(clustered_attention, clustered.as_node),
     ),
     "improved_clustered": Method(
         name="improved_clustered",
         knobs={"topk": 32, **_CLUSTERED},
         draw=_draw_clustered,
-        attend=_attend_clustered(improved_clustered_attention),
+        attend=_attend_clustered(improved_clustered_attention, improved_clustered.as_node),
     ),
 }
 

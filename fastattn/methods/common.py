@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastattn.ops import checks
 from fastattn.ops.autocast import cast_inputs
@@ -40,19 +43,30 @@ def check_draw(name: str, draw: Any, shape: tuple[int, ...], meaning: str, devic
     checks.check_device(name, draw, device)
 
 
+@contextmanager
+def drawn_now() -> Iterator[None]:
+    """Around random draws: in a graph that ``torch.export`` makes they are constants, drawn while it is made."""
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        with _disable_current_modes():  # else a trace has the drawing itself as an operation
+            yield
+    else:
+        yield
+
+
 def draw_normal(shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
     """Standard normal fp32 numbers on ``device``, drawn on the generator's device."""
     _check_generator(generator)
-    if generator is None:
-        return torch.randn(shape, dtype=torch.float32, device=device)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device)
+    place = device if generator is None else generator.device
+    with drawn_now():
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=place).to(device)
 
 
 def draw_seed(generator: Any, device: torch.device) -> Tensor:
     """A seed, int64 without dimensions on ``device``, drawn on the generator's device; no host looks at it."""
     _check_generator(generator)
     place = device if generator is None else generator.device
-    return torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=place).to(device)
+    with drawn_now():
+        return torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=place).to(device)
 
 
 def _check_generator(generator: Any) -> None:

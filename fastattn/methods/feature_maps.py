@@ -37,12 +37,13 @@ def random_directions(
     if not orthogonal:
         return common.draw_normal((head_dim, n_directions), generator, place)
     blocks = -(-n_directions // head_dim)
-    draws = common.draw_normal((blocks, head_dim, head_dim), generator, place)
-    # of a Gaussian matrix Q is uniform among orthogonal ones, once the signs that QR leaves open are fixed
-    basis, upper = torch.linalg.qr(draws)
-    basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    omega = basis * torch.linalg.vector_norm(draws, dim=-1).unsqueeze(-2)  # Q is independent of the rows' lengths
-    return omega.transpose(0, 1).flatten(1)[:, :n_directions].contiguous()
+    with common.drawn_now():
+        draws = common.draw_normal((blocks, head_dim, head_dim), generator, place)
+        # of a Gaussian matrix Q is uniform among orthogonal ones, once the signs that QR leaves open are fixed
+        basis, upper = torch.linalg.qr(draws)
+        basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        omega = basis * torch.linalg.vector_norm(draws, dim=-1).unsqueeze(-2)  # Q is independent of the rows' lengths
+        return omega.transpose(0, 1).flatten(1)[:, :n_directions].contiguous()
 
 
 def favor_features(x: Tensor, omega: Tensor, *, stabilize: bool = False) -> Tensor:

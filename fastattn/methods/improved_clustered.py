@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fastattn.methods import common
-from fastattn.methods.clustered import assign_clusters, cluster_means
+from fastattn.methods.clustered import CLUSTERING, Clustering, cluster_means, find_clusters, prepare_clustering
 from fastattn.ops import checks
 from fastattn.ops.autocast import no_autocast
 from fastattn.ops.block_attention import check_dropout
 from fastattn.ops.centroid_attention import centroid_attention, topk_keys
 from fastattn.ops.cluster_members import members
+from fastattn.ops.library import define_op, refuse_gradient
 from fastattn.ops.topk_attention import attend_lists
 
 
@@ -82,7 +83,8 @@ def improved_clustered_attention(
         out (B, H, N, Dv) in q's dtype. A query that sees no key has 0.
 
     Neither the clustering nor the choice of lists is differentiated; the gradient of q comes through the means as well.
-    Under autocast q, k and v are cast to its dtype.
+    Under autocast q, k and v are cast to its dtype. Exported graphs (``torch.export``) hold the whole method as one
+    node, ``fastattn::improved_clustered_attention``, and what it draws as constants.
 
     Raises:
         TypeError, ValueError: naming the argument that is at fault.
@@ -95,22 +97,48 @@ def improved_clustered_attention(
     check_dropout(dropout_p, 0, q.device)
     if is_causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"is_causal needs as many keys as queries, got {q.shape[2]} queries and {k.shape[2]} keys")
-    clusters = assign_clusters(
+    given = prepare_clustering(
         q,
         n_clusters=n_clusters,
         n_bits=n_bits,
         n_iterations=n_iterations,
-        query_mask=query_mask,
         planes=planes,
         initial_centroids=initial_centroids,
         clusters=clusters,
         generator=generator,
-        impl=impl,
     )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    seeds: list[Tensor | int] = [0, 0]
-    if dropout_p > 0:
-        seeds = [common.draw_seed(generator, q.device) for _ in seeds]
+    seed, shared_seed = (common.draw_seed(generator, q.device) if dropout_p > 0 else None for _ in range(2))
+    knobs = (n_clusters, n_bits, n_iterations, topk, is_causal, detach_mass, scale, float(dropout_p))
+    attend = _OP if torch.compiler.is_exporting() else _attend
+    return attend(q, k, v, *given, key_mask, query_mask, *knobs, seed, shared_seed, impl)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor | None,
+    initial: Tensor | None,
+    draw: Tensor | None,
+    clusters: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    n_clusters: int,
+    n_bits: int,
+    n_iterations: int,
+    topk: int,
+    is_causal: bool,
+    detach_mass: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    shared_seed: Tensor | None,
+    impl: str | None,
+) -> Tensor:
+    """seed, shared_seed: of what is dropped of a query's own weights and of those that its cluster shares."""
+    given = (planes, initial, draw, clusters)
+    clusters = find_clusters(q, *given, query_mask, n_clusters, n_bits, n_iterations, impl)
     with no_autocast(q.device.type):
         order, offsets = members(clusters, n_clusters)
         if is_causal:
@@ -120,14 +148,13 @@ def improved_clustered_attention(
             mass = rest = None
         else:
             means, _ = cluster_means(q, clusters, n_clusters, impl=impl)
-            lists, mass, rest = _of_clusters(
-                means.to(q.dtype), k, v, key_mask, topk, scale, float(dropout_p), seeds[1], impl
-            )
+            dropped = (dropout_p, 0 if shared_seed is None else shared_seed)
+            lists, mass, rest = _of_clusters(means.to(q.dtype), k, v, key_mask, topk, scale, *dropped, impl)
             if detach_mass:
                 mass = mass.detach()
         out, _ = attend_lists(
             q, k, v, order, offsets, lists, mass, rest,
-            is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seeds[0], impl=impl,
+            is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=0 if seed is None else seed, impl=impl,
         )  # fmt: skip
     return out
 
@@ -157,3 +184,26 @@ def _of_clusters(
     share = fine_lse - lse.masked_fill(fine_lse == -math.inf, 0.0)  # without keys 0, and not NaN
     mass = torch.exp(share)
     return lists, mass, coarse - mass.unsqueeze(-1) * fine
+
+
+_OP = define_op(
+    f"improved_clustered_attention(Tensor q, Tensor k, Tensor v, {CLUSTERING}, Tensor? key_mask, Tensor? query_mask,"
+    " int n_clusters, int n_bits, int n_iterations, int topk, bool is_causal, bool detach_mass, float scale,"
+    " float dropout_p, Tensor? seed, Tensor? shared_seed, str? impl) -> Tensor",
+    _attend,
+    fake=lambda q, k, v, *rest: q.new_empty((*q.shape[:3], v.shape[3])),
+)
+refuse_gradient(
+    _OP,
+    "fastattn::improved_clustered_attention is for exported graphs: inference only. "
+    "Train with fastattn.improved_clustered_attention",
+)
+
+
+def as_node(
+    q: Tensor, k: Tensor, v: Tensor, given: Clustering, key_mask: Tensor | None, scale: float,
+    *, n_clusters: int, n_bits: int, n_iterations: int, topk: int, impl: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The node of an exported graph, as :func:`fastattn.methods.clustered.as_node`."""
+    clustering, attending = (n_clusters, n_bits, n_iterations), (topk, False, False, scale, 0.0, None, None)
+    return _OP(q, k, v, *given, key_mask, key_mask, *clustering, *attending, impl)

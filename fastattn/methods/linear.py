@@ -95,7 +95,9 @@ def linear_attention(
     Returns:
         out (B, H, N, Dv) in q's dtype, or (out, state). Sums, denominators and states are fp32 for fp16 and bf16.
 
-    Under autocast q, k and v are cast to its dtype. States are fp32 all the same.
+    Under autocast q, k and v are cast to its dtype. States are fp32 all the same. Exported graphs (``torch.export``)
+    hold one node, ``fastattn::linear_attention``, whatever ``impl`` says, behind what makes the features; a drawn omega
+    is a constant.
 
     Raises:
         TypeError, ValueError: naming the argument that is at fault.
@@ -114,6 +116,8 @@ def linear_attention(
     initial = None
     if initial_state is not None:
         initial = _flat(_check_state("initial_state", initial_state, x, v))
+    if torch.compiler.is_exporting() and v.dtype != torch.float64:
+        impl = None  # it says how torch computes, which is nothing to a graph
     out, state = attend_linear(
         x,
         y,

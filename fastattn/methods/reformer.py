@@ -16,6 +16,7 @@ from fastattn.ops.argsort import stable_argsort
 from fastattn.ops.autocast import cast_inputs, no_autocast
 from fastattn.ops.block_attention import attend_blocks, check_dropout
 from fastattn.ops.hash_argmax import bucket_rows, check_buckets, check_rotations
+from fastattn.ops.library import define_op, refuse_gradient
 from fastattn.reference.block_attention import fold_key_mask
 
 MERGES = ("lse", "mean")
@@ -71,7 +72,8 @@ def lsh_attention(
         n_buckets: of the hash, in each round: an even number, or even factors of it, (f0, f1, ...), for a factorised
             hash, which is cheaper (see :func:`fastattn.ops.hash_argmax.hash_argmax`). None: twice the last dimension of
             ``rotations`` where they are given, else N / bucket_size, rounded up to an even number; above 128 it is
-            factorised into the power of two at or above its square root and about what remains.
+            factorised into the power of two at or above its square root and about what remains. A graph of
+            ``torch.export`` has, for every length, as many as the example that it was made from.
         look_back, look_ahead: neighbouring blocks that a block attends to. The paper has 1 and 0; take 1 and 1 where
             attention is not causal.
         is_causal: a row attends only to keys at its own position or before. No value and no gradient of a later one
@@ -110,7 +112,8 @@ def lsh_attention(
     Rows that take no part have no effect at all: the others give, to rounding, what they give without them. Only what
     is left to the length N counts them as well: the default number of buckets, and a ``dense_threshold`` that is above
     ``bucket_size``. Dropout draws by position. Under autocast qk and v are cast to its dtype. Routing is not
-    differentiated.
+    differentiated. Exported graphs (``torch.export``) hold the whole method as one node, ``fastattn::lsh_attention``,
+    but for dropout; what is drawn while they are made is constant in them.
 
     Raises:
         TypeError, ValueError: naming the argument that is at fault.
@@ -136,7 +139,7 @@ def lsh_attention(
         checks.check_bool("wrap", wrap)
     if merge == "mean" and (local_window or correct_duplicates or wrap):
         raise ValueError("merge='mean' takes no local_window, correct_duplicates or wrap: it is for comparison only")
-    factors = factors_for(n_buckets, rotations, qk.shape[2], bucket_size)
+    factors = factors_for(n_buckets, rotations, _length(qk), bucket_size)
     if buckets is not None:
         _check_given(buckets, qk, n_hashes)
     elif rotations is None:
@@ -144,22 +147,53 @@ def lsh_attention(
         rotations = common.draw_normal(shape, generator, qk.device)
     else:
         check_rotations(rotations, qk, factors, n_hashes)
+    self_mode = self_mode or ("last_resort" if merge == "lse" else "attend")
+    wrap = merge == "lse" if wrap is None else wrap
+    scale = 1 / math.sqrt(qk.shape[3]) if scale is None else float(scale)
+    dense_threshold = dense_length(dense_threshold, bucket_size, across_buckets)
+    args = (qk, v, rotations, buckets, key_mask, bucket_size, list(factors), look_back, look_ahead, wrap)
+    knobs = (is_causal, scale, across_buckets, correct_duplicates, local_window, merge, dense_threshold)
+    if torch.compiler.is_exporting() and impl is None and dropout_p == 0:
+        return _OP(*args, *knobs, self_mode, padding)
+    dropout = {"dropout_p": dropout_p, "seed": common.draw_seed(generator, qk.device)} if dropout_p > 0 else {}
+    return _attend(*args, *knobs, self_mode, padding, impl=impl, **dropout)
+
+
+def _attend(
+    qk: Tensor,
+    v: Tensor,
+    rotations: Tensor | None,
+    buckets: Tensor | None,
+    key_mask: Tensor | None,
+    bucket_size: int,
+    factors: Sequence[int],
+    look_back: int,
+    look_ahead: int,
+    wrap: bool,
+    is_causal: bool,
+    scale: float,
+    across_buckets: bool,
+    correct_duplicates: bool,
+    local_window: int,
+    merge: str,
+    dense_threshold: int,
+    self_mode: str,
+    padding: str,
+    **how: Any,
+) -> Tensor:
+    """how: dropout_p, seed and impl of block attention."""
     hashed = qk
     if key_mask is not None:
         qk = qk.masked_fill(~key_mask[:, None, :, None], 0.0)  # NaN in padding would get into gradients of the norm
     k, v = unit_rows(qk), v.repeat_interleave(qk.shape[1] // v.shape[1], 1) if v.shape[1] < qk.shape[1] else v
-    self_mode = self_mode or ("last_resort" if merge == "lse" else "attend")
-    options: dict[str, Any] = {"is_causal": is_causal, "self_mode": self_mode, "scale": scale, "impl": impl}
-    if dropout_p > 0:
-        options |= {"dropout_p": dropout_p, "seed": common.draw_seed(generator, qk.device)}
-    dense_threshold = dense_length(dense_threshold, bucket_size, across_buckets)
+    options: dict[str, Any] = {"is_causal": is_causal, "self_mode": self_mode, "scale": scale, **how}
     if qk.shape[2] <= dense_threshold:
         index, _ = local_blocks(qk.shape[2], qk, key_mask, key_mask)
         return attend_blocks(qk, k, v, index, index, **options)[0]
     with no_autocast(qk.device.type):
         if buckets is None:
             assert rotations is not None
-            buckets = bucket_rows(hashed, rotations, factors, impl)
+            buckets = bucket_rows(hashed, rotations, tuple(factors), how.get("impl"))
             n_distinct = math.prod(factors)
         else:
             n_distinct = _MOST_GIVEN
@@ -173,7 +207,7 @@ def lsh_attention(
         if dense_threshold > 0:
             # by itself an example of so few rows is dense; its one block is that too, but for buckets and a local round
             short = (n_real <= min(dense_threshold, bucket_size))[:, None, None, None]
-    options |= {"look_back": look_back, "look_ahead": look_ahead, "wrap": merge == "lse" if wrap is None else wrap}
+    options |= {"look_back": look_back, "look_ahead": look_ahead, "wrap": wrap}
     own_buckets = None
     if not across_buckets:
         own_buckets = buckets if short is None else buckets.masked_fill(short, 0)
@@ -205,6 +239,12 @@ def default_factors(n: int, bucket_size: int) -> tuple[int, ...]:
         return (n_buckets,)
     first = 1 << math.ceil(math.log2(math.sqrt(n_buckets)))
     return first, 2 * (n_buckets // (2 * first))
+
+
+def _length(qk: Tensor) -> int:
+    """N; where ``torch.export`` leaves it free, that of the example that it traces."""
+    n = qk.shape[2]
+    return n if isinstance(n, int) or not torch.compiler.is_exporting() else n.node.hint
 
 
 def sort_by_bucket(buckets: Tensor, n_buckets: int, key_mask: Tensor | None) -> Tensor:
@@ -287,3 +327,21 @@ def _check_given(buckets: Any, qk: Tensor, n_hashes: int) -> None:
             f"buckets must have shape (batch, heads, n_hashes, length) = {shape}, got {tuple(buckets.shape)}"
         )
     checks.check_device("buckets", buckets, qk.device)
+
+
+def _fake_op(qk: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return qk.new_empty((*qk.shape[:3], v.shape[3]))
+
+
+# rotations: None where buckets are given
+_OP = define_op(
+    "lsh_attention(Tensor qk, Tensor v, Tensor? rotations, Tensor? buckets, Tensor? key_mask, int bucket_size,"
+    " int[] factors, int look_back, int look_ahead, bool wrap, bool is_causal, float scale,"
+    " bool across_buckets, bool correct_duplicates, int local_window, str merge, int dense_threshold, str self_mode,"
+    " str padding) -> Tensor",
+    _attend,
+    fake=_fake_op,
+)
+refuse_gradient(
+    _OP, "fastattn::lsh_attention is for exported graphs: inference only. Train with fastattn.lsh_attention"
+)

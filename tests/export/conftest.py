@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -14,10 +15,11 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import fastattn
-from fastattn.export.ops.smyrf_attention import FUNCTIONS
+from fastattn.export import functions
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
     torch.bool: TensorProto.BOOL,
     torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
@@ -26,29 +28,48 @@ TYPES = {
 
 @pytest.fixture(scope="session")
 def run_node() -> Callable[..., list[Tensor]]:
-    """run_node("BlockAttention", inputs, {output: (dtype, rank)}, **attributes) -> outputs of one node, by its body."""
+    """run_node("BlockAttention", inputs, {output: (dtype, rank)}, **attributes) -> outputs of one node, by its body.
+
+    An input that is None is absent. A session serves all shapes of one rank."""
+    sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def run(
-        name: str, inputs: dict[str, Tensor], outputs: dict[str, tuple[torch.dtype, int]], **attributes: Any
+        name: str, inputs: dict[str, Tensor | None], outputs: dict[str, tuple[torch.dtype, int]], **attributes: Any
     ) -> Any:
-        graph = helper.make_graph(
-            [helper.make_node(name, list(inputs), list(outputs), domain="fastattn", **attributes)],
-            name,
-            [helper.make_tensor_value_info(n, TYPES[x.dtype], [None] * x.ndim) for n, x in inputs.items()],
-            [helper.make_tensor_value_info(n, TYPES[dtype], [None] * rank) for n, (dtype, rank) in outputs.items()],
-        )
-        model = helper.make_model(
-            graph,
-            functions=[function.to_function_proto() for function in FUNCTIONS],
-            opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("fastattn", 1)],
-            ir_version=10,
-        )
-        onnx.checker.check_model(model, full_check=True)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        results = session.run(None, {n: x.contiguous().numpy() for n, x in inputs.items()})
+        names = [n if x is not None else "" for n, x in inputs.items()]
+        given = {n: x for n, x in inputs.items() if x is not None}
+        types = {n: (x.dtype, x.ndim) for n, x in given.items()}
+        key = repr((name, names, types, outputs, attributes))
+        if key not in sessions:
+            node = helper.make_node(name, names, list(outputs), domain="fastattn", **attributes)
+            sessions[key] = session_of(node, types, outputs)
+        results = sessions[key].run(None, {n: x.contiguous().numpy() for n, x in given.items()})
         return [torch.from_numpy(np.asarray(result)) for result in results]
 
     return run
+
+
+Types = dict[str, tuple[torch.dtype, int]]
+
+
+def session_of(node: onnx.NodeProto, inputs: Types, outputs: Types) -> onnxruntime.InferenceSession:
+    """Of a model of one node and the bodies that it reaches. inputs, outputs: dtypes and ranks by name."""
+    graph = helper.make_graph(
+        [node],
+        node.op_type,
+        *(
+            [helper.make_tensor_value_info(n, TYPES[dtype], [None] * rank) for n, (dtype, rank) in values.items()]
+            for values in (inputs, outputs)
+        ),
+    )
+    model = helper.make_model(
+        graph,
+        functions=[ir.serde.serialize_function(body) for body in functions.bodies({node.op_type})],
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("fastattn", 1)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def tokens(batch: int, length: int, lengths: list[int] | None = None) -> dict[str, Tensor]:

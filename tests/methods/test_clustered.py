@@ -221,6 +221,44 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
             torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-6)
 
 
+def test_exports_as_one_node_with_what_it_draws_as_constants() -> None:
+    g = torch.Generator()
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return clustered_attention(q, k, v, n_clusters=C, n_bits=6, generator=g, impl="reference")
+
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+    g.manual_seed(1)
+    program = torch.export.export(Attend(), inputs(), dynamic_shapes=({0: batch, 2: length},) * 3, strict=False)
+    ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert ops == ["fastattn.clustered_attention.default"]
+    x = inputs(batch=3, n=57)
+    g.manual_seed(1)
+    expected = Attend()(*x)
+    for _ in range(2):
+        assert torch.equal(program.module()(*x), expected)
+
+
+def test_a_strict_trace_exports_too() -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return clustered_attention(q, k, v, n_clusters=C, n_bits=6, impl="reference")
+
+    program = torch.export.export(Attend(), inputs(), strict=True)
+    assert [str(node.target) for node in program.graph.nodes].count("fastattn.clustered_attention.default") == 1
+    assert torch.isfinite(program.module()(*inputs())).all()
+
+
+def test_the_exported_op_is_for_inference() -> None:
+    x, planes, draw = inputs(), draws()["planes"], torch.tensor(3)
+    op, knobs = torch.ops.fastattn.clustered_attention.default, (C, 16, 3, 0.3, 0.0, None, "reference")
+    torch.library.opcheck(op, (*x, planes, None, draw, None, torch.rand(2, 40) < 0.7, None, *knobs))
+    out = op(*leaves(*x), planes, None, draw, None, None, None, *knobs)
+    with pytest.raises(RuntimeError, match="inference only"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_autocast_casts_as_sdpa_does(impl: str | None) -> None:
     x = leaves(*inputs())

@@ -154,6 +154,33 @@ class TestInTorch:
         for a, b in zip(gradients(out, x, out), gradients(expected, eager, out), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_exports_as_one_node_with_what_it_draws_as_constants(self, dropout_p: float) -> None:
+        g = torch.Generator()
+        knobs: dict[str, Any] = {"n_clusters": C, "topk": 6, "n_bits": 6, "dropout_p": dropout_p, "generator": g}
+
+        class Attend(torch.nn.Module):
+            def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return improved_clustered_attention(q, k, v, impl="reference", **knobs)
+
+        batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+        g.manual_seed(1)
+        program = torch.export.export(Attend(), inputs(), dynamic_shapes=({0: batch, 2: length},) * 3, strict=False)
+        ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert ops == ["fastattn.improved_clustered_attention.default"]
+        x = inputs(batch=3, n=57)
+        g.manual_seed(1)
+        assert torch.equal(program.module()(*x), Attend()(*x))
+
+    def test_the_exported_op_is_for_inference(self) -> None:
+        x, clusters = inputs(), given(inputs()[0])
+        op, knobs = torch.ops.fastattn.improved_clustered_attention.default, (C, 16, 3, 6, False, False, 0.3)
+        no_draws = (None, None, None, clusters)
+        torch.library.opcheck(op, (*x, *no_draws, torch.rand(2, 40) < 0.7, None, *knobs, 0.0, None, None, "reference"))
+        out = op(*leaves(*x), *no_draws, None, None, *knobs, 0.0, None, None, "reference")
+        with pytest.raises(RuntimeError, match="inference only"):
+            out.sum().backward()
+
     def test_autocast_casts_as_sdpa_does(self) -> None:
         x = leaves(*inputs())
         with torch.autocast(device_type(), dtype=torch.bfloat16):

@@ -301,6 +301,49 @@ class TestInTorch:
         assert torch.equal(out, expected)
         assert all(y.dtype == torch.float32 for y in torch.autograd.grad(out.float().sum(), x))
 
+    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+    def test_exports_as_one_node_for_any_batch_and_length(self, strict: bool) -> None:
+        class Attend(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("rotations", draws())
+
+            def forward(self, qk: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+                knobs: dict[str, Any] = {"key_mask": key_mask, "is_causal": True, "local_window": 10, **KNOBS}
+                return lsh_attention(qk, v, rotations=self.rotations, **knobs)
+
+        batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+        dims = ({0: batch, 2: length}, {0: batch, 2: length}, {0: batch, 1: length})
+        x = (*inputs(), torch.ones(2, 64, dtype=torch.bool))
+        program = torch.export.export(Attend().eval(), x, dynamic_shapes=dims, strict=strict)
+        ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert ops == ["fastattn.lsh_attention.default"]
+        x = (*inputs(batch=3, n=75), torch.arange(75).expand(3, -1) < torch.tensor([[75], [50], [7]]))
+        torch.testing.assert_close(program.module()(*x), Attend()(*x), rtol=0, atol=1e-6)
+
+    def test_draws_of_an_exported_graph_are_constants_for_the_length_of_its_example(self) -> None:
+        class Attend(torch.nn.Module):
+            def forward(self, qk: Tensor, v: Tensor) -> Tensor:
+                return lsh_attention(qk, v, generator=torch.Generator().manual_seed(4), **KNOBS)
+
+        dims = ({2: torch.export.Dim("length", min=2)},) * 2
+        program = torch.export.export(Attend().eval(), inputs(), dynamic_shapes=dims, strict=False)
+        rotations = torch.randn(2, D, ROUNDS, 2, generator=torch.Generator().manual_seed(4))  # 64 rows: 4 buckets
+        x = inputs(n=200)
+        expected = lsh_attention(*x, rotations=rotations, **KNOBS)
+        torch.testing.assert_close(program.module()(*x), expected, rtol=0, atol=1e-6)
+
+    def test_opcheck_of_the_whole_method(self) -> None:
+        knobs = (SIZE, [8], 1, 0, True, True, 0.3, True, False, 0, "lse", SIZE, "last_resort", "last")
+        args = (*inputs(n=75), draws(), None, torch.rand(2, 75) < 0.7, *knobs)
+        torch.library.opcheck(torch.ops.fastattn.lsh_attention.default, args)
+
+    def test_the_exported_op_refuses_to_pass_gradients(self) -> None:
+        knobs = (SIZE, [8], 1, 0, True, True, 0.3, True, False, 0, "lse", SIZE, "last_resort", "last")
+        out = torch.ops.fastattn.lsh_attention(*leaves(*inputs()), draws(), None, None, *knobs)
+        with pytest.raises(RuntimeError, match="inference only"):
+            out.sum().backward()
+
     def test_double_backward_is_refused(self) -> None:
         qk, v = leaves(*inputs())
         out = lsh_attention(qk, v, rotations=draws(), **KNOBS)
