@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastattn.export.compare import CheckReport, check
     from fastattn.export.convert import to_onnx
+    from fastattn.export.inspect_file import FileReport, inspect
+    from fastattn.export.ort.session import custom_ops_library, session
 
-__all__ = ["CheckReport", "check", "to_onnx"]
+__all__ = ["CheckReport", "FileReport", "check", "custom_ops_library", "inspect", "session", "to_onnx"]
 
 # Imported at first use: onnx and onnxscript are an extra, and slow to import.
-_LAZY = {"to_onnx": "convert", "check": "compare", "CheckReport": "compare"}
+_LAZY = {"to_onnx": "convert", "check": "compare", "CheckReport": "compare", "inspect": "inspect_file"}
+_LAZY |= {"FileReport": "inspect_file", "custom_ops_library": "ort.session", "session": "ort.session"}
 
 
 def __getattr__(name: str) -> Any:

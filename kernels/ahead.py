@@ -49,7 +49,8 @@ class Compiled:
 
     target: as given, e.g. ``"cuda:90"``. name: of the entry point. binary: a cubin, or an hsaco for AMD.
     asm: the texts by name: ``ttir``, ``ttgir``, ``llir`` and ``ptx`` or ``amdgcn``.
-    shared_bytes: shared memory of a thread block. num_warps: of a thread block.
+    shared_bytes: shared memory of a thread block. num_warps: of a thread block. scratch_bytes: memory that Triton wants
+    from whoever launches the kernel, for each thread block.
     registers: of a thread; spill_bytes: stack memory of a thread, which a kernel of ours only has when registers did
     not suffice. Both are None for a cubin where Triton came without its ``cuobjdump``.
     """
@@ -62,6 +63,7 @@ class Compiled:
     num_warps: int
     registers: int | None
     spill_bytes: int | None
+    scratch_bytes: int = 0
 
     @cached_property
     def sass(self) -> str | None:
@@ -120,7 +122,13 @@ def compile_ahead(
     if multiples_of_16 is None:
         multiples_of_16 = [name for name, type_ in types.items() if str(type_).startswith("*")]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples_of_16}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FP_FUSION}
+    options: dict[str, Any] = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    if kernel.debug:  # tl.device_assert asserts, as with the JIT
+        options["debug"] = True
     if config.num_ctas != 1:
         options["num_ctas"] = config.num_ctas
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
@@ -138,6 +146,7 @@ def compile_ahead(
         num_warps=built.metadata.num_warps,
         registers=registers,
         spill_bytes=spill_bytes,
+        scratch_bytes=built.metadata.global_scratch_size + built.metadata.profile_scratch_size,
     )
 
 

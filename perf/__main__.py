@@ -20,6 +20,7 @@ from perf import (
     bench_improved,
     bench_launch,
     bench_linear,
+    bench_ort,
     bench_reformer,
     bench_smyrf,
     heuristics,
@@ -36,7 +37,7 @@ METHODS = {  # each against torch's attention and its peers
     "improved": bench_improved.BENCH,
     "linear": bench_linear.BENCH,
 }
-BENCHES = [*METHODS, "block_attention", "launch"]
+BENCHES = [*METHODS, "block_attention", "launch", "ort"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +84,8 @@ def _rows(bench: str, factor: float, with_peers: bool) -> Iterator[Row]:
         return it.rows(seconds=_scaled(it.seconds, factor), with_peers=with_peers)
     if bench == "launch":
         return bench_launch.rows(seconds=factor * bench_launch.SECONDS)
+    if bench == "ort":
+        return bench_ort.rows(_scaled(bench_ort.SECONDS, factor))
     return bench_block_attention.rows(seconds=_scaled(bench_block_attention.SECONDS, factor))
 
 

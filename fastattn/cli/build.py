@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def command(
     cpu: Annotated[bool, typer.Option("--cpu", help="Build what the CPU engine runs.")] = False,
+    ort: Annotated[bool, typer.Option("--ort", help="Build the library of custom ops for ONNX Runtime.")] = False,
     head_dim: Annotated[str, typer.Option(help="Head dims, as in 64,128.")] = "64",
     dtype: Annotated[str, typer.Option(help=f"Types of q, k and v, of {','.join(DTYPES)}.")] = "fp32",
     cluster_size: Annotated[str, typer.Option(help="Block sizes of queries and keys, as in 64,128.")] = "64",
@@ -31,21 +32,39 @@ def command(
         bool, typer.Option("--every-pattern", help="Causal and other block attention too, not only what SMYRF runs.")
     ] = False,
     level: Annotated[
-        str | None, typer.Option(help="Instruction set of the machines that get the folder --output.")
+        str | None,
+        typer.Option(help="Instruction set of the machines that get the folder --output; --ort takes several."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write into this folder, for other machines of the level, not into the cache.")
     ] = None,
+    cuda: Annotated[
+        str | None, typer.Option(help="With --ort: for NVIDIA GPUs, which need not be here, as in sm_80,sm_90.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="With --ort: an .onnx file of fastattn export; exactly what it runs.")
+    ] = None,
 ) -> None:
     """Build kernels ahead of their first use; one that is there already takes no time.
+
+    --ort makes one library, libfastattn_ort.so, of every op for the head dims and types, or of those of a model.
 
     The exit status is 0 when all of them are there, 1 when one can't be built (its name and the reason are printed,
     the others are built), and 2 for options that make no sense.
     """
     console = Console(highlight=False, soft_wrap=True)
     try:
-        if not cpu:
-            raise ValueError("say what to build for: --cpu")
+        if cpu == ort:
+            raise ValueError("say what to build for: --cpu or --ort")
+        if ort:
+            from fastattn.cli._ort import build_ort
+
+            names = None if level is None else [name.strip() for name in level.split(",")]
+            gpus = [name.strip() for name in cuda.split(",")] if cuda is not None else []
+            dims, dtypes = integers("head_dim", head_dim), _dtypes(dtype)
+            raise typer.Exit(build_ort(model, dims, dtypes, names, gpus, output, console.print))
+        if model is not None or cuda is not None:
+            raise ValueError(f"{'--model' if cuda is None else '--cuda'} is for --ort")
         chosen = _level(level, output)
         jobs = list(_jobs(integers("head_dim", head_dim), _dtypes(dtype), integers("cluster_size", cluster_size),
                           every_pattern=every_pattern, level=chosen))  # fmt: skip

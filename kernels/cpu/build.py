@@ -84,7 +84,8 @@ class Recipe:
 
     name: for people who look into the folder. key: everything that the source depends on. source: makes the C++ text,
     where the object is not there yet. level: the instruction set. prelude: what the text begins with, where other
-    recipes' texts begin so too.
+    recipes' texts begin so too. flags: more of the compiler's. suffix: ".so", or ".o" for an object that is to be
+    linked, with "-c" among the flags.
     """
 
     name: str
@@ -92,10 +93,12 @@ class Recipe:
     source: Callable[[], str]
     level: machine.Level
     prelude: str = ""
+    flags: tuple[str, ...] = ()
+    suffix: str = ".so"
 
     def file_name(self, *more: str) -> str:
         parts = [*self.key, platform.machine(), self.level.name, *more]
-        return f"{self.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+        return f"{self.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}{self.suffix}"
 
 
 def load(recipe: Recipe) -> ctypes.CDLL:
@@ -128,6 +131,17 @@ def load(recipe: Recipe) -> ctypes.CDLL:
     raise UnsupportedNow("the cache of built kernels loses them at once")
 
 
+def made(recipe: Recipe) -> Path:
+    """Where the object is: in the cache, or in this process's own folder; built now if it was not there.
+
+    Raises:
+        Unsupported: as :func:`load`.
+    """
+    path = _from_cache(recipe)
+    objects.used(path)
+    return path
+
+
 def is_built(recipe: Recipe, folder: Path | None = None) -> bool:
     """Whether the object is there: in ``folder``, or else where :func:`load` would find it."""
     if folder is not None:
@@ -155,7 +169,7 @@ def _place(recipe: Recipe) -> Path:
         folder = objects.cache_folder()
     except OSError:
         folder = _private_folder()
-    more = (compiler.path, compiler.version, *FLAGS, *recipe.level.flags, machine.fingerprint())
+    more = (compiler.path, compiler.version, *FLAGS, *recipe.level.flags, *recipe.flags, machine.fingerprint())
     return folder / recipe.file_name(*more)
 
 
@@ -203,7 +217,7 @@ def _compile(recipe: Recipe, path: Path) -> Path:
             if header is not None:
                 sources.insert(0, prelude.shortened(text, recipe.prelude, header, Path(folder)))
             for source in sources:
-                said = _run([*command, source.name, "-o", built.name], TIME_LIMIT_S, folder)
+                said = _run([*command, *recipe.flags, source.name, "-o", built.name], TIME_LIMIT_S, folder)
                 if said.returncode == 0:
                     break
             else:

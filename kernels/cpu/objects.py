@@ -1,7 +1,7 @@
 """The folder of built objects: the user's own, shared by processes, bounded, and safe to lose at any time.
 
-An entry is three files of one name: the object (.so, or .gch for a precompiled header), its source (.cc, for people)
-and its checksum (.sha256). The time of the object is that of its last use.
+An entry is three files of one name: the object (.so, .o for what is yet to be linked, or .gch for a precompiled
+header), its source (.cc, for people) and its checksum (.sha256). The time of the object is that of its last use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parent / "prebuilt"
 BUILD_PREFIX = "fastattn-build-"
 _STAGING_PREFIX = "build-"
 _LEFT_OVER_S = 3600  # longer than any build may take
-_OBJECTS = (".so", ".gch")
+_OBJECTS = (".so", ".o", ".gch")
 _SUFFIXES = (".cc", *_OBJECTS, ".sha256")
 
 

@@ -161,3 +161,59 @@ def test_an_output_that_cannot_be_made_is_refused(cache_dir):
 )
 def test_bad_options_are_named(words, message):
     assert message in fastattn_build(*words, status=2)[0]
+
+
+@needs_compiler
+def test_the_library_for_onnx_runtime_is_one_file_and_built_once(cache_dir, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from fastattn.export.ort import needs
+
+    one = [needs.Call("ClusterSums", head_dim=16)]
+    monkeypatch.setattr(needs, "every_call", lambda head_dims, dtypes: one)
+    said = fastattn_build("--ort", "--output", str(cache_dir / "taken"))
+    library = cache_dir / "taken" / "libfastattn_ort.so"
+    assert said[-1].startswith(f"{library}  (") and library.stat().st_size > 10_000
+    assert sum(line.startswith("built  sums_kernel, ") for line in said) == 1
+    assert len(fastattn_build("--ort", "--output", str(cache_dir / "taken"))) == 1
+
+
+def test_the_library_is_of_the_head_dims_and_types_that_were_asked_for(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from fastattn.export.ort import session
+
+    asked = []
+    monkeypatch.setattr(session, "build_library", lambda variants, levels, *_: asked.append((variants, levels)))
+    fastattn_build("--ort", "--head-dim", "32,64", "--dtype", "fp32,fp16", "--level", "baseline,avx2")
+    ((variants, levels),) = asked
+    assert [level.name for level in levels] == ["avx2", "baseline"]
+    forward = [variant.described() for variant in variants if variant.kernel == "topk_attention_forward"]
+    assert len(forward) == 8 and len({*forward}) == 8  # causal and not
+
+
+def test_the_library_for_gpus_has_kernels_of_each_and_what_they_have_alone(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from fastattn.export.ort import session
+
+    asked = []
+    monkeypatch.setattr(session, "build_library", lambda variants, levels, cuda, _: asked.append((variants, cuda)))
+    fastattn_build("--ort", "--cuda", "sm_80, sm_120")
+    ((variants, cuda),) = asked
+    assert list(cuda) == ["cuda:80", "cuda:120"]
+    kernels = {variant.kernel for variant in variants}
+    assert "topk_attention_forward" not in kernels and "block_attention_forward" in kernels
+    assert all({variant.kernel for variant in of_gpu} == kernels for of_gpu in cuda.values())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--cpu", "--ort"), "say what to build for: --cpu or --ort"),
+        (("--cpu", "--model", "m.onnx"), "--model is for --ort"),
+        (("--ort", "--dtype", "bf16"), "dtype must be one of fp32, fp16, got 'bf16'"),
+        (("--ort", "--level", "none"), "level must be some of"),
+        (("--cpu", "--cuda", "sm_90"), "--cuda is for --ort"),
+        (("--ort", "--cuda", "sm_90,sm_75"), "architecture must be one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
+    ],
+)
+def test_what_to_build_for_must_be_said_in_a_way_that_makes_sense(words, message):
+    assert message in fastattn_build(*words, status=2)[-1]

@@ -36,6 +36,11 @@ def product_kernel(a_ptr, b_ptr, c_ptr, n, SIZE: tl.constexpr, BLOCK: tl.constex
     tl.store(c_ptr + rows[:, None] * SIZE + rows[None, :], total)
 
 
+@triton.jit
+def asserting_kernel(x_ptr):
+    tl.device_assert(tl.load(x_ptr) > 0.0, "x must be positive")
+
+
 def compile_product(target: str = "cuda:80", dtype: str = "fp16", size: int = 64, warps: int = 4) -> Compiled:
     types = {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "c_ptr": "*fp32", "n": "i32"}
     return compile_ahead(product_kernel, types, {"SIZE": size}, target, Config({"BLOCK": 64}, warps, 2))
@@ -54,6 +59,7 @@ class TestTheReport:
         # 64 x 64 x 64 over 4 warps, 16 x 8 x 16 an instruction
         assert compiled.tensor_core_instructions == {"HMMA": 32}
         assert 100 < compiled.instructions.total() < 2000
+        assert compiled.scratch_bytes == 0
 
     def test_of_an_amd_binary(self) -> None:
         compiled = compile_product("hip:gfx942")
@@ -96,3 +102,10 @@ class TestRefuses:
         types = {"a_ptr": "*fp16", "b_ptr": "*fp16", "c_ptr": "*fp32", "n": "i32"}
         with pytest.raises(ValueError, match=r"got also \['WIDTH'\]"):
             compile_ahead(product_kernel, types, {"SIZE": 16, "WIDTH": 1}, "cuda:80", Config({"BLOCK": 16}))
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_assertions_are_in_the_binary_of_a_kernel_that_is_to_be_debugged(debug: bool) -> None:
+    kernel = triton.jit(debug=debug)(asserting_kernel.fn)
+    compiled = compile_ahead(kernel, {"x_ptr": "*fp32"}, {}, "cuda:80", Config({}, 1, 1))
+    assert ("__assertfail" in compiled.asm["ptx"]) == debug
