@@ -21,6 +21,7 @@ from perf import (
     bench_launch,
     bench_linear,
     bench_ort,
+    bench_ort_encoder,
     bench_reformer,
     bench_smyrf,
     heuristics,
@@ -37,7 +38,7 @@ METHODS = {  # each against torch's attention and its peers
     "improved": bench_improved.BENCH,
     "linear": bench_linear.BENCH,
 }
-BENCHES = [*METHODS, "block_attention", "launch", "ort"]
+BENCHES = [*METHODS, "block_attention", "launch", "ort", "ort_encoder"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,6 +87,8 @@ def _rows(bench: str, factor: float, with_peers: bool) -> Iterator[Row]:
         return bench_launch.rows(seconds=factor * bench_launch.SECONDS)
     if bench == "ort":
         return bench_ort.rows(_scaled(bench_ort.SECONDS, factor))
+    if bench == "ort_encoder":
+        return bench_ort_encoder.rows(_scaled(bench_ort_encoder.SECONDS, factor))
     return bench_block_attention.rows(seconds=_scaled(bench_block_attention.SECONDS, factor))
 
 
