@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,30 +42,41 @@ def to_onnx(
     opset: int = 18,
     dynamic_shapes: Mapping[str, Any] | None = None,
     external_data: bool | None = None,
+    portable: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     check: bool = False,
 ) -> Path:
     """Write ``model``, in evaluation mode, to ``path`` as ONNX; returns the path.
 
     Each call of a method of this package is one node of domain ``fastattn``, with a function body of standard ops, so
     that the file runs in a plain ONNX Runtime. The random draws are among the weights. The graph takes any batch size
-    and length that the model takes. Metadata: ``fastattn.version`` and ``fastattn.nodes`` (JSON: each node's settings).
+    and length that the model takes. Metadata: ``fastattn.version`` and ``fastattn.nodes`` (JSON: a list with each
+    node's op, sizes, dtype and attributes, see :func:`fastattn.export.inspect`).
 
-    model: patched with ``min_length=0`` (a graph does not choose by length), or any module that calls our methods.
-    sample: example inputs by name, fp32 or integers, with a batch and a length of at least 2 (torch.export takes a size
-        of 1 for a constant). The file takes these inputs and no others: give an attention mask if it shall take one.
+    model: patched with ``min_length=0`` (a graph does not choose by length), or any module that calls our methods; fp32
+        or fp16.
+    sample: example inputs by name, with a batch and a length of at least 2 (torch.export takes a size of 1 for a
+        constant). The file takes these inputs and no others: give an attention mask if it shall take one.
     opset: version of the standard ops, 18 to 23.
     dynamic_shapes: free sizes as in torch.export.export, by input name; None: "batch" is dimension 0 of every input,
         and "sequence" dimension 1 of those with 2 or 3 dimensions.
     external_data: weights in a file of their own, ``path`` + ".data"; None: only when the model is larger than 2 GB.
+    portable: write the bodies out in the place of our nodes. The file then has standard ops alone, for tools that know
+        no model-local functions, and no library can take over.
+    metadata: more of it, written as JSON under "fastattn." and the name; "method" and "knobs" are what
+        ``fastattn export`` writes.
     check: compare with torch on ``sample`` afterwards (see :func:`fastattn.export.check`).
 
-    Raises ImportError without the onnx extra; TypeError, ValueError for bad arguments, for a model in training mode,
-    and for a graph without one node of ours; RuntimeError if ``check`` fails.
+    Raises ImportError without the onnx extra; TypeError, ValueError for bad arguments, for a model in training mode or
+    in bf16, and for a graph without one node of ours; RuntimeError if ``check`` fails.
     """
     need_onnx()
-    from fastattn.export import functions
+    from fastattn.export import functions, nodes
 
     _check_arguments(model, sample)
+    extra = {f"fastattn.{name}": json.dumps(value) for name, value in (metadata or {}).items()}
+    if taken := sorted({nodes.VERSION, nodes.NODES} & extra.keys()):
+        raise ValueError(f"metadata has {', '.join(taken)}, which is written anyway")
     # torch.onnx trips over the guards that it makes for the strides of a slice
     sample = {name: value.contiguous() for name, value in sample.items()}
     functions.check_opset(opset)
@@ -74,15 +86,18 @@ def to_onnx(
         program = _traced(model, sample, shapes)
         onnx_program = _translated(program, opset, outputs.names(model, sample))
     graph = onnx_program.model
-    nodes = functions.attach(graph, opset)
-    if not nodes:
+    settings = functions.attach(graph, opset)
+    if not settings:
         raise ValueError(
             f"the graph of {type(model).__name__} has no fastattn node: patch the model first, with min_length=0"
         )
-    if dynamic_shapes is None:
-        _name_free_sizes(graph)
-    graph.metadata_props["fastattn.version"] = fastattn.__version__
-    graph.metadata_props["fastattn.nodes"] = json.dumps(nodes)
+    _name_free_sizes(graph, ("batch", "sequence") if dynamic_shapes is None else ("batch",))
+    graph.metadata_props[nodes.VERSION] = fastattn.__version__
+    graph.metadata_props[nodes.NODES] = json.dumps(nodes.describe(graph, settings))
+    graph.metadata_props.update(extra)
+    _forget_this_machine(graph)
+    if portable:
+        _inline(graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_program.save(path, external_data=external_data)
     if check:
@@ -97,15 +112,17 @@ def to_onnx(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and log lines of torch's and onnxscript's own making, such as that torchvision is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_arguments(model: Any, sample: Any) -> None:
@@ -118,10 +135,14 @@ def _check_arguments(model: Any, sample: Any) -> None:
             raise TypeError(f"sample[{name!r}] must be a tensor, got {type(value).__name__}")
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
-    dtypes = {parameter.dtype for parameter in model.parameters()} | {value.dtype for value in sample.values()}
-    unfit = sorted(str(dtype) for dtype in dtypes if dtype.is_floating_point and dtype != torch.float32)
+    held = (*model.parameters(), *model.buffers(), *sample.values())
+    unfit = {value.dtype for value in held if value.is_floating_point()} - {torch.float32, torch.float16}
     if unfit:
-        raise ValueError(f"only fp32 models can be exported; the model or its sample has {', '.join(unfit)}")
+        names = ", ".join(sorted(map(str, unfit)))
+        raise ValueError(
+            f"only models in fp32 and fp16 can be exported; the model or its sample has {names}: "
+            "call model.float() or model.half() first"
+        )
 
 
 def _free_batch_and_length(sample: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
@@ -135,13 +156,23 @@ def _free_batch_and_length(sample: Mapping[str, Tensor]) -> dict[str, dict[int, 
 
 
 def _traced(model: nn.Module, sample: Mapping[str, Tensor], shapes: dict[str, Any]) -> ExportedProgram:
+    from torch._dynamo.exc import UserError
+
     # traced here and not by torch.onnx.export, which would try several ways and bury what a model of ours complains of
     with torch.no_grad():
-        return torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
+        try:
+            return torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
+        except UserError as error:
+            free = ", ".join(f"{name}: {sorted(axes)}" for name, axes in shapes.items() if isinstance(axes, dict))
+            raise ValueError(
+                f"{type(model).__name__} can't be traced with these dimensions free: {free or 'as given'}; "
+                f"name those that are with dynamic_shapes=. torch says: {error}"
+            ) from error
 
 
 def _translated(program: ExportedProgram, opset: int, output_names: list[str]) -> torch.onnx.ONNXProgram:
     from fastattn.export import functions
+    from fastattn.export.ops.node import NotExportable
 
     try:
         onnx_program = torch.onnx.export(
@@ -155,7 +186,7 @@ def _translated(program: ExportedProgram, opset: int, output_names: list[str]) -
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, functions.NotExportable):
+            if isinstance(cause, NotExportable):
                 raise cause from None  # what is wrong, without torch's pages on how to report a bug
             cause = cause.__cause__
         raise
@@ -163,16 +194,38 @@ def _translated(program: ExportedProgram, opset: int, output_names: list[str]) -
     return onnx_program
 
 
-def _name_free_sizes(graph: onnx_ir.Model) -> None:
-    """Symbols as torch calls them (s31) become "batch" and "sequence" in the signature."""
+def _name_free_sizes(graph: onnx_ir.Model, axes: Sequence[str]) -> None:
+    """Symbols as torch calls them (s31) get the name of the first axis that they are the size of, one symbol a name."""
     names: dict[str, str] = {}
     for value in graph.graph.inputs:
-        for axis, size in enumerate(value.shape or ()):
-            if not isinstance(size, int):
-                names.setdefault(str(size.value), "batch" if axis == 0 else "sequence")
+        for size, name in zip(value.shape or (), axes, strict=False):
+            symbol = "" if isinstance(size, int) else str(size.value)
+            if re.fullmatch(r"s\d+", symbol) and symbol not in names and name not in names.values():
+                names[symbol] = name
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if value.shape is None:
             continue
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int) and str(size.value) in names:
                 value.shape[axis] = names[str(size.value)]
+
+
+def _forget_this_machine(graph: onnx_ir.Model) -> None:
+    """Without the exporter's notes on which line of which file on this disk called a node."""
+    for node in graph.graph.all_nodes():
+        for name in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node"):
+            node.metadata_props.pop(name, None)
+
+
+def _inline(graph: onnx_ir.Model) -> None:
+    from onnx_ir.passes import common
+
+    from fastattn.export import nodes
+    from fastattn.export.ops import domain
+
+    for node in nodes.ours(graph.graph):
+        node.metadata_props.clear()  # every node of its body would get a copy: most of the file of a small model
+    common.InlinePass()(graph)
+    common.RemoveUnusedFunctionsPass()(graph)
+    common.RemoveUnusedOpsetsPass()(graph)
+    assert not graph.functions and not nodes.ours(graph.graph) and domain.NAME not in graph.opset_imports

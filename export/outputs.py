@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All output tensors of ``model(**inputs)``: of a mapping by its keys, of a sequence as ``output_0``..."""
+def run(
+    model: nn.Module, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """All output tensors of ``model(**inputs)``: of a mapping by its keys, of a sequence as ``output_0``...
+
+    parameters: by name, to compute with in place of the model's own."""
     with torch.no_grad():
-        return dict(_flat("output", model(**inputs)))
+        return dict(_flat("output", torch.func.functional_call(model, dict(parameters or {}), (), dict(inputs))))
 
 
 def names(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:

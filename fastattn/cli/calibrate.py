@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fastattn.cli import _knobs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -148,14 +150,5 @@ def _load(model: str) -> tuple[Any, Any]:
 
 def _values(text: str) -> tuple[str, list[Any]]:
     """A knob and its values, from ``name=a,b``."""
-    name, equals, values = text.partition("=")
-    if not name or not equals or not values:
-        raise ValueError(f"a knob is name=value,value, e.g. n_hashes=2,4; got {text!r}")
-    return name, [_value(part.strip()) for part in values.split(",")]
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    return int(text) if text.lstrip("-").isdecimal() else text
+    name, values = _knobs.pair(text, "name=value,value, e.g. n_hashes=2,4")
+    return name, [_knobs.value(part.strip()) for part in values.split(",")]

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("demo", "doctor", "build", "devices", "tune", "calibrate", "export")
+COMMANDS = ("demo", "doctor", "build", "devices", "tune", "calibrate", "export", "inspect")
 GROUPS = ("cache",)
 
 app = typer.Typer(

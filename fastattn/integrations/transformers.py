@@ -44,7 +44,8 @@ def patch(
 ) -> nn.Module:
     """Make the self-attention of a Hugging Face encoder approximate, in place; returns ``model``.
 
-    model: any module with transformers' attention modules below it (a submodule of a model will do).
+    model: any module with transformers' attention modules below it. A submodule of a model will do: the encoder of one
+        that has a decoder too, such as BART or Whisper.
     method: "smyrf", "clustered" or "improved_clustered".
     layers: which attention modules to patch, as indices into those that the AttentionInterface reaches, in the model's
         order (negative ones count from the end); None is all of them. The others run SDPA with the same mask.

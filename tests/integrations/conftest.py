@@ -41,6 +41,26 @@ BUILDERS: dict[str, Callable[[], Any]] = {
             max_position_embeddings=300,
         )
     ),
+    "whisper": lambda: hf.WhisperModel(
+        hf.WhisperConfig(
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            vocab_size=99,
+            num_mel_bins=8,
+            max_source_positions=150,
+            max_target_positions=40,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
+            init_std=0.3,  # so large that attention matters
+        )
+    ),
     "modernbert": lambda: hf.ModernBertModel(
         hf.ModernBertConfig(
             **TEXT,
