@@ -21,7 +21,6 @@ from fastattn.autotune.measure import take_turns
 from perf.report import Row, missing_row, ratio_row
 
 LAYERS, HEADS, HIDDEN, VOCABULARY = 6, 12, 384, 1000
-KNOBS = {"n_hashes": 4, "q_cluster_size": 64}
 SECONDS = {1024: 10.0, 4096: 40.0}
 THREADS = 2
 CHECKED_LENGTH = 64  # one cluster, so that no token stands between two
@@ -74,7 +73,7 @@ def _sessions(folder: Path, most: int) -> dict[str, Any]:
     torch.onnx.export(model, (), str(dense), kwargs=sample, dynamic_shapes=free, dynamo=True, verbose=False)
     found = {DENSE: onnxruntime.InferenceSession(str(dense), **plain)}
     _check(DENSE, found[DENSE], model)
-    fastattn.patch(model, "smyrf", min_length=0, **KNOBS)
+    fastattn.patch(model, "smyrf", n_hashes=4, q_cluster_size=64, min_length=0)
     patched = export.to_onnx(model, sample, folder / "patched.onnx")
     found[BODIES] = onnxruntime.InferenceSession(str(patched), **plain)
     found[KERNELS] = export.session(patched, options=options)
