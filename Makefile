@@ -25,12 +25,12 @@ PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input i
 without_nvcc := $(shell echo "$$PATH" | tr : '\n' | while read -r dir; do [ -e "$$dir/nvcc" ] || printf ':%s' "$$dir"; done)
 peers_fresh := $(shell [ "$$(cat $(PEERS_STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(PEERS)/bin/python -c "" 2>/dev/null && echo yes)
 
-.PHONY: help demo test fuzz budgets ttsem tritons lint bench bench-peers million front gpu caches knobs clean rebuild
+.PHONY: help demo test fuzz budgets ttsem tritons onnxruntimes lint bench bench-peers million front gpu caches knobs clean rebuild
 .DEFAULT_GOAL := help
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | \
-		while IFS="$$(printf '\t')" read -r name what; do printf 'make %-11s %s\n' "$$name" "$$what"; done
+		while IFS="$$(printf '\t')" read -r name what; do printf 'make %-12s %s\n' "$$name" "$$what"; done
 
 demo: $(STAMP)  ## a real model made cheap: quality, speed, memory, tuning, ONNX
 	@$(VENV)/bin/fastattn demo
@@ -50,6 +50,9 @@ ttsem: $(STAMP)  ## every kernel under ttsem: races, accesses out of bounds, val
 
 tritons: $(STAMP)  ## the CPU engine's tests with each release of Triton that it knows (1 GB of disk each)
 	@$(PY) tests/kernels/versions.py -n 2
+
+onnxruntimes: $(STAMP)  ## exported models, on bodies and kernels, in older releases of ONNX Runtime (100 MB of disk each)
+	@$(PY) tests/export/versions.py
 
 lint: $(STAMP)  ## ruff, pyright, and the floors by import-linter
 	@echo "ruff ..." && $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -72,6 +72,7 @@ def to_onnx(
     """
     need_onnx()
     from fastattn.export import functions, nodes
+    from fastattn.export.ops import domain
 
     _check_arguments(model, sample)
     extra = {f"fastattn.{name}": json.dumps(value) for name, value in (metadata or {}).items()}
@@ -96,6 +97,7 @@ def to_onnx(
     graph.metadata_props[nodes.NODES] = json.dumps(nodes.describe(graph, settings))
     graph.metadata_props.update(extra)
     _forget_this_machine(graph)
+    graph.ir_version = domain.ir_version(opset)
     if portable:
         _inline(graph)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def HammingKmeans(codes, initial, mask, seed, n_bits: int, n_iterations: int):
     centroids = Signs(first, n_bits=n_bits)  # [B, H, C, n_bits]
     signs = Signs(codes, n_bits=n_bits)  # [B, H, N, n_bits]
     # one column more, which counts members, and keeps rows from clusters that are not there
-    signs = op.Pad(signs, op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1]), op.Constant(value_float=1.0))
+    signs = op.Pad(signs, [0, 0, 0, 0, 0, 0, 0, 1], op.Constant(value_float=1.0))
     columns = op.Concat(op.Reshape(op.Constant(value_int=n_bits), [1]), [1], axis=0)
     takes_part = op.Unsqueeze(mask, [1])
 

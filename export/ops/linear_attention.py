@@ -49,8 +49,7 @@ def EarlierKeys(x, y, values, state):
     n = op.Shape(x, start=3, end=4)
     n_chunks = (n + chunk - 1) / chunk
     # rows of zeros behind the last: as keys they add nothing, as queries they are cut off again
-    before = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 0])
-    padding = op.Concat(before, n_chunks * chunk - n, zero, axis=0)
+    padding = op.Concat([0, 0, 0, 0, 0, 0, 0, 0], n_chunks * chunk - n, zero, axis=0)
     cut = op.Concat(n_chunks, chunk, axis=0)
     x_chunks = op.Reshape(op.Pad(x, padding), op.Concat(op.Shape(x, start=0, end=3), cut, op.Shape(x, start=4), axis=0))
     y_chunks = op.Reshape(op.Pad(y, padding), op.Concat(op.Shape(y, start=0, end=3), cut, op.Shape(y, start=4), axis=0))
@@ -93,7 +92,7 @@ def LinearAttention(q, k, v, key_mask, initial, feature_map: int, is_causal: int
     y = op.Unsqueeze(op.Where(takes_part, y, zero), [2])
     values = op.Where(takes_part, op.Cast(v, to=FLOAT), zero)
     # a one behind each value makes the denominator one more sum
-    values = op.Unsqueeze(op.Pad(values, op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1]), zero + 1.0), [2])
+    values = op.Unsqueeze(op.Pad(values, [0, 0, 0, 0, 0, 0, 0, 1], zero + 1.0), [2])
 
     size = features * value_dim
     begin = op.Expand(initial, op.Concat(lead, size + features, axis=0))

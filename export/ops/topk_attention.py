@@ -65,7 +65,7 @@ def TopkAttention(q, k, v, clusters, topk_index, mass, rest, is_causal: int, sca
     tile_cluster, tile_rows, place = ClusterTiles(clusters, n_clusters)
 
     # a list, a mass and a rest more, for queries of no cluster
-    one_more = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 1, 0])
+    one_more = [0, 0, 0, 0, 0, 0, 1, 0]
     lists = op.Pad(op.Cast(topk_index, to=INT64), one_more, none)  # [B, H, C + 1, K]
     lists, first_list, _no_list = HeadRows(lists)
     list_of_tile = first_list + tile_cluster

@@ -26,6 +26,7 @@ def test_the_file_holds_our_nodes_and_their_bodies(bert_file):
     assert nested == {"SmyrfBlocks", "BlockAttention"} and nested < set(functions)
     assert "LshAttention" not in functions, "only the bodies that are reached"
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 18), ("fastattn", 1)}
+    assert model.ir_version == 8  # which ONNX Runtime 1.17 reads
 
 
 def test_the_file_says_what_it_was_made_with(bert_file):
@@ -103,6 +104,7 @@ def test_a_model_exported_without_a_mask_takes_none(bert, make_tokens, tmp_path)
     path = to_onnx(bert, ids, tmp_path / "new" / "model.onnx", opset=23, external_data=True, check=True)
     assert path.with_name("model.onnx.data").stat().st_size > path.stat().st_size / 2
     assert next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "") == 23
+    assert onnx.load(path, load_external_data=False).ir_version == 11
     onnx.checker.check_model(str(path), full_check=True)
     assert check(bert, path, {"input_ids": make_tokens(3, 71)["input_ids"]}).ok
     with pytest.raises(ValueError, match="the file takes input_ids; sample has attention_mask, input_ids"):

@@ -1,0 +1,120 @@
+"""Runs exported models in older releases of ONNX Runtime, on bodies and on our kernels: ``make onnxruntimes``.
+
+Each release has a virtual environment of its own, within the one that this script runs in. Models and the library are
+made here, with the newest; there they have nothing of ours and no PyTorch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from fastattn import export
+
+# the oldest whose interface the library asks for, and some between it and today's
+RELEASES = ("1.17.3", "1.20.1", "1.22.1")
+LENGTH, HEAD_DIM, ROUNDS = 333, 64, 4
+CLOSE = 1e-5
+
+_draws = torch.Generator().manual_seed(0)
+PROJECTIONS = torch.randn(HEAD_DIM + 2, ROUNDS, generator=_draws)
+ROTATIONS = torch.randn(2, HEAD_DIM, ROUNDS, 4, generator=_draws)
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "smyrf": lambda q, k, v: fastattn.smyrf_attention(q, k, v, n_hashes=ROUNDS, projections=PROJECTIONS),
+    "smyrf_causal": lambda q, k, v: fastattn.smyrf_attention(
+        q, k, v, n_hashes=ROUNDS, projections=PROJECTIONS, is_causal=True, correct_duplicates=True, local_window=32
+    ),
+    "lsh": lambda q, k, v: fastattn.lsh_attention(q, v, n_hashes=ROUNDS, rotations=ROTATIONS, is_causal=True),
+    "clustered": lambda q, k, v: fastattn.clustered_attention(q, k, v, n_clusters=20),
+    "improved_clustered": lambda q, k, v: fastattn.improved_clustered_attention(q, k, v, n_clusters=20, topk=16),
+    "linear": lambda q, k, v: fastattn.linear_attention(q, k, v),
+    "linear_causal": lambda q, k, v: fastattn.linear_attention(q, k, v, is_causal=True),
+}  # fmt: skip
+
+# What the other environments run: (folder, whether on the library) -> a line for each model that is off.
+RUN = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnxruntime
+given = np.load(Path(sys.argv[1], "inputs.npz"))
+for file in sorted(Path(sys.argv[1]).glob("*/model.onnx")):
+    for fused in (False, True):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if fused:
+            options.register_custom_ops_library(str(file.with_name("libfastattn_ort.so")))
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        (out,) = session.run(None, {value.name: given[value.name] for value in session.get_inputs()})
+        off = float(np.abs(out - np.load(file.with_name("expected.npy"))).max())
+        if not off <= float(sys.argv[2]):
+            sys.exit(f"{file.parent.name}, {'kernels' if fused else 'bodies'}: off by {off:.1e}")
+print(onnxruntime.__version__)
+"""
+
+
+class Method(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.function(q, k, v)
+
+
+def make(folder: Path) -> None:
+    """Inputs, and for each method its file, the library that it needs, and what comes out here."""
+    import onnxruntime
+
+    generator = torch.Generator().manual_seed(1)
+    sample = {name: torch.randn(1, 2, LENGTH, HEAD_DIM, generator=generator) for name in "qkv"}
+    given = {name: value.numpy() for name, value in sample.items()}
+    np.savez(folder / "inputs.npz", **given)
+    length = {2: torch.export.Dim("length", min=2)}
+    for name, function in METHODS.items():
+        path = folder / name / "model.onnx"
+        export.to_onnx(Method(function).eval(), sample, path, dynamic_shapes=dict.fromkeys("qkv", length))
+        export.custom_ops_library(path, output=path.parent)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        wanted = {value.name: given[value.name] for value in session.get_inputs()}
+        np.save(path.with_name("expected.npy"), session.run(None, wanted)[0])
+
+
+def prepare(release: str) -> Path:
+    """The Python of the environment for a release, made if it is missing."""
+    folder = Path(sys.prefix, f"onnxruntime-{release}")
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if not ready.exists():
+        print(f"making {folder.name} in {folder.parent} ...", flush=True)
+        venv.create(folder, clear=True, symlinks=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
+        # those before 1.19 were built against NumPy 1
+        subprocess.run([*pip, "install", "--quiet", f"onnxruntime=={release}", "numpy<2"], check=True)
+        ready.touch()
+    return python
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder))
+        failed = False
+        for release in RELEASES:
+            command = [prepare(release), "-I", "-c", RUN, folder, str(CLOSE)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+            print(f"onnxruntime {release}: {'passed' if done.returncode == 0 else said[-1]}", flush=True)
+            failed |= done.returncode != 0
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
