@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,14 +12,28 @@ from torch import Tensor
 def hash_argmax(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     """Buckets (B, H, h, N), int32, of x (B, H, N, D); see :func:`fastattn.ops.hash_argmax.hash_argmax`.
 
-    fp16 and bf16 are computed in fp32. Memory is O(N * sum of factors) for each head and round.
+    fp16 and bf16 are computed in fp32, and fp32 exactly whatever torch's matmul precision is: with "medium" a CPU that
+    has AMX multiplies in bf16, and one row in 700 is in another bucket. Memory is O(N * sum of factors) for each head
+    and round.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, rotations = x.to(dtype), rotations.to(dtype)
-    rotated = torch.einsum("bhnd,hdrw->bhrnw", x, rotations.expand(x.shape[1], -1, -1, -1))
+    with _highest_precision():
+        rotated = torch.einsum("bhnd,hdrw->bhrnw", x, rotations.expand(x.shape[1], -1, -1, -1))
     bucket = torch.zeros(rotated.shape[:-1], dtype=torch.int64, device=x.device)
     weight = 1
     for part, factor in zip(rotated.split([factor // 2 for factor in factors], -1), factors, strict=True):
         bucket += weight * torch.cat([part, -part], -1).argmax(-1)
         weight *= factor
     return bucket.to(torch.int32)
+
+
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    """Products of fp32 as they are; where another thread multiplies meanwhile, its are too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
