@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import onnx_ir as ir
 
-from fastattn.export.ops import (
-    block_attention,
-    block_attention_with_options,
-    block_softmax,
-    centroid_attention,
-    cluster_attention,
-    clustered_attention,
-    domain,
-    hamming_kmeans,
-    hash_argmax,
-    hash_bits,
-    improved_clustered_attention,
-    linear_attention,
-    linear_attention_step,
-    local_blocks,
-    lsh_attention,
-    smyrf_attention,
-    sorted_blocks,
-    stable_argsort,
-    topk_attention,
-)
+from fastattn.export.ops import domain
 
 # one file an op: its functions, what becomes such a node, and how
-_OPS = tuple(
-    module.OP
-    for module in (
-        block_attention,
-        block_attention_with_options,
-        block_softmax,
-        centroid_attention,
-        cluster_attention,
-        clustered_attention,
-        hamming_kmeans,
-        hash_argmax,
-        hash_bits,
-        improved_clustered_attention,
-        linear_attention,
-        linear_attention_step,
-        local_blocks,
-        lsh_attention,
-        smyrf_attention,
-        sorted_blocks,
-        stable_argsort,
-        topk_attention,
-    )
+_FILES = (
+    "block_attention",
+    "block_attention_with_options",
+    "block_softmax",
+    "centroid_attention",
+    "cluster_attention",
+    "clustered_attention",
+    "hamming_kmeans",
+    "hash_argmax",
+    "hash_bits",
+    "improved_clustered_attention",
+    "linear_attention",
+    "linear_attention_step",
+    "local_blocks",
+    "lsh_attention",
+    "smyrf_attention",
+    "sorted_blocks",
+    "stable_argsort",
+    "topk_attention",
 )
+_OPS = tuple(import_module(f"fastattn.export.ops.{name}").OP for name in _FILES)
 FUNCTIONS = {function.name: function for op in _OPS for function in op.functions}
 _SETTINGS = {function.name: op.settings for op in _OPS for function in op.functions}
 

@@ -193,34 +193,13 @@ def find_clusters(
     )
 
 
-def assign_clusters(
-    q: Tensor,
-    *,
-    n_clusters: int,
-    n_bits: int,
-    n_iterations: int,
-    query_mask: Tensor | None,
-    planes: Tensor | None,
-    initial_centroids: Tensor | None,
-    clusters: Tensor | None,
-    generator: torch.Generator | None,
-    impl: str | None = None,
-) -> Tensor:
+def assign_clusters(q: Tensor, query_mask: Tensor | None = None, impl: str | None = None, **knobs: Any) -> Tensor:
     """The cluster of each query of q (B, H, N, D): (B, H, N), int32, -1 for queries that take no part.
 
-    Arguments as in :func:`clustered_attention`; q and query_mask are checked already, the others are checked here.
+    knobs: all that :func:`prepare_clustering` takes. q and query_mask are checked already.
     """
-    given = prepare_clustering(
-        q,
-        n_clusters=n_clusters,
-        n_bits=n_bits,
-        n_iterations=n_iterations,
-        planes=planes,
-        initial_centroids=initial_centroids,
-        clusters=clusters,
-        generator=generator,
-    )
-    return find_clusters(q, *given, query_mask, n_clusters, n_bits, n_iterations, impl)
+    sizes = (knobs["n_clusters"], knobs["n_bits"], knobs["n_iterations"])
+    return find_clusters(q, *prepare_clustering(q, **knobs), query_mask, *sizes, impl)
 
 
 def _check_clusters(clusters: Tensor, q: Tensor, n_clusters: int) -> Tensor:

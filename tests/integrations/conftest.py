@@ -14,6 +14,18 @@ from tests.device import device_type
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT: dict[str, Any] = {**SIZES, "vocab_size": 99, "max_position_embeddings": 300}
 
+# of models with an encoder and a decoder
+TWO_SIDES: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
+}
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT)),
@@ -30,27 +42,13 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "nomic": lambda: hf.NomicBertModel(hf.NomicBertConfig(**TEXT)),
     "bart": lambda: hf.BartModel(
         hf.BartConfig(
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            vocab_size=99,
+            **TWO_SIDES,
             max_position_embeddings=300,
         )
     ),
     "whisper": lambda: hf.WhisperModel(
         hf.WhisperConfig(
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            vocab_size=99,
+            **TWO_SIDES,
             num_mel_bins=8,
             max_source_positions=150,
             max_target_positions=40,
