@@ -46,13 +46,13 @@ budgets: $(STAMP)  ## every kernel compiled for every GPU: spills, shared memory
 	@$(PY) -m tests.kernels.budgets
 
 ttsem: $(STAMP)  ## every kernel under ttsem: races, accesses out of bounds, values that nobody wrote
-	@$(PY) tests/ttsem/job.py -n 2
+	@$(PY) -m tests.ttsem.job -n 2
 
 tritons: $(STAMP)  ## the CPU engine's tests with each release of Triton that it knows (1 GB of disk each)
-	@$(PY) tests/kernels/versions.py -n 2
+	@$(PY) -m tests.kernels.versions -n 2
 
 onnxruntimes: $(STAMP)  ## exported models, on bodies and kernels, in older releases of ONNX Runtime (100 MB of disk each)
-	@$(PY) tests/export/versions.py
+	@$(PY) -m tests.export.versions
 
 lint: $(STAMP)  ## ruff, pyright, and the floors by import-linter
 	@echo "ruff ..." && $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

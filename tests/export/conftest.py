@@ -11,19 +11,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor
 
 import fastattn
 from fastattn.export import functions
-
-TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bool: TensorProto.BOOL,
-    torch.int32: TensorProto.INT32,
-    torch.int64: TensorProto.INT64,
-}
+from tests.export.element_types import TYPES
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import export
+from tests import environments
 
 # the oldest whose interface the library asks for, and some between it and today's
 RELEASES = ("1.17.3", "1.20.1", "1.22.1")
@@ -91,16 +91,9 @@ def make(folder: Path) -> None:
 
 def prepare(release: str) -> Path:
     """The Python of the environment for a release, made if it is missing."""
-    folder = Path(sys.prefix, f"onnxruntime-{release}")
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if not ready.exists():
-        print(f"making {folder.name} in {folder.parent} ...", flush=True)
-        venv.create(folder, clear=True, symlinks=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
-        # those before 1.19 were built against NumPy 1
-        subprocess.run([*pip, "install", "--quiet", f"onnxruntime=={release}", "numpy<2"], check=True)
-        ready.touch()
-    return python
+    # those before 1.19 were built against NumPy 1
+    packages = [f"onnxruntime=={release}", "numpy<2"]
+    return environments.prepare(f"onnxruntime-{release}", packages, borrows=False)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Runs the engine's tests with every release of Triton that it knows: ``make tritons``.
 
-Each release has a virtual environment of its own. It borrows all but Triton from the one that this script runs in, and
-lies within it, so that both go together. Arguments are pytest's.
+Each release has a virtual environment of its own, which borrows all but Triton from the one that this script runs in.
+Arguments are pytest's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 from fastattn.kernels.cpu.frontend import TESTED
+from tests import environments
 
 ROOT = Path(__file__).parents[2]
 # What a release needs beside itself: the interpreter of 3.6 makes numbers of arrays in a way that NumPy 2.4 refuses.
@@ -25,20 +24,7 @@ NOT_THE_ENGINE = ["--ignore=tests/kernels/test_budgets.py"]
 
 def prepare(release: str) -> Path:
     """The Python of the environment for a release, made if it is missing."""
-    folder = Path(sys.prefix, f"triton-{release}")
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if not ready.exists():
-        print(f"making {folder.name} in {folder.parent} ...", flush=True)
-        venv.create(folder, clear=True, symlinks=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
-        packages = [f"triton=={release}.*", *ALSO.get(release, [])]
-        subprocess.run([*pip, "install", "--quiet", "--no-deps", *packages], check=True)
-        # after pip, for which the lender's Triton would be one that is there already
-        own = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
-        lender = sysconfig.get_path("purelib")
-        Path(own, "lender.pth").write_text(f"import site; site.addsitedir({lender!r})\n")
-        ready.touch()
-    return python
+    return environments.prepare(f"triton-{release}", [f"triton=={release}.*", *ALSO.get(release, [])])
 
 
 def run(release: str, arguments: list[str]) -> bool:

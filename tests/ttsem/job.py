@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
+
+from tests import environments
 
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0"
@@ -20,19 +20,7 @@ VERSION = "0.1.0"
 
 def prepare() -> Path:
     """The Python of ttsem's environment, made if it is missing."""
-    folder = Path(sys.prefix, f"ttsem-{VERSION}")
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if not ready.exists():
-        print(f"making {folder.name} in {folder.parent} ...", flush=True)
-        venv.create(folder, clear=True, symlinks=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
-        options = ["--quiet", "--no-deps", "--ignore-requires-python"]
-        subprocess.run([*pip, "install", *options, f"ttsem=={VERSION}"], check=True)
-        own = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
-        lender = sysconfig.get_path("purelib")
-        Path(own, "lender.pth").write_text(f"import site; site.addsitedir({lender!r})\n")
-        ready.touch()
-    return python
+    return environments.prepare(f"ttsem-{VERSION}", [f"ttsem=={VERSION}"], "--ignore-requires-python")
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor
 
 from fastattn.export.ort import needs
@@ -24,14 +24,8 @@ from fastattn.ops.cluster_members import members
 from fastattn.ops.hash_argmax import hash_argmax
 from fastattn.ops.hash_bits import hash_bits
 from fastattn.reference.block_attention import fold_key_mask
+from tests.export.element_types import TYPES
 
-TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bool: TensorProto.BOOL,
-    torch.int32: TensorProto.INT32,
-    torch.int64: TensorProto.INT64,
-}
 DIM, VALUE_DIM, CLUSTERS, TOP_K, FACTORS = 20, 12, 7, 5, (8, 4)
 
 
