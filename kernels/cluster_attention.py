@@ -44,13 +44,13 @@ def sums_kernel(
     if SCATTER:
         inside, zero = columns < DIM, tl.zeros([], tl.int64)
         for c in range(0, n_clusters + 1):
-            tl.store(sums_ptr + c * DIM + columns, tl.zeros([BLOCK_D], tl.float32), mask=inside)
+            tl.store(sums_ptr + (c + zero) * DIM + columns, tl.zeros([BLOCK_D], tl.float32), mask=inside)
             tl.store(counts_ptr + c, 0)
         for n in range(begin, end):
             cluster = tl.load(clusters_ptr + n)
             cluster = tl.where(cluster < 0, n_clusters, cluster)
             x = tl.load(x_ptr + (n + zero) * x_stride_n + columns, mask=inside, other=0.0)  # [BLOCK_D]
-            at = sums_ptr + cluster * DIM + columns
+            at = sums_ptr + cluster.to(tl.int64) * DIM + columns
             tl.store(at, tl.load(at, mask=inside, other=0.0) + x.to(tl.float32), mask=inside)
             tl.store(counts_ptr + cluster, tl.load(counts_ptr + cluster) + 1)
     else:

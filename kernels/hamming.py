@@ -151,9 +151,9 @@ def update_kernel(
     numbers = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     bits = tl.arange(0, 64)
     counts_ptr += row * n_chunks * (n_clusters + 1) * 64
-    total = tl.zeros([BLOCK_C, 64], tl.int32)
+    total, zero = tl.zeros([BLOCK_C, 64], tl.int32), tl.zeros([], tl.int64)
     for part in range(0, n_chunks):
-        at = counts_ptr + (part * (n_clusters + 1) + numbers)[:, None] * 64 + bits[None, :]
+        at = counts_ptr + ((part + zero) * (n_clusters + 1) + numbers)[:, None] * 64 + bits[None, :]
         total += tl.load(at, mask=(numbers < n_clusters)[:, None], other=0)  # [BLOCK_C, 64]
     members = tl.sum(tl.where((bits == 63)[None, :], total, 0), 1)  # [BLOCK_C]
     is_one = 2 * total > members[:, None]  # pyright: ignore[reportArgumentType]
