@@ -63,16 +63,16 @@ def build_library(
 
 
 def _sources() -> list[Path]:
-    return sorted(_HERE.glob("*.cc"))
+    return sorted([*_HERE.glob("*.cc"), _ENGINE / "sort.cc"])
 
 
 def _host(file: Path, level: machine.Level, more: Sequence[str]) -> build.Recipe:
-    headers = [header.read_text() for header in sorted(_HERE.glob("*.h"))]
+    headers = [header.read_text() for header in sorted([*_HERE.glob("*.h"), _ENGINE / "sort.h"])]
     text = file.read_text()
-    flags = ["-c", f"-I{_HERE}", *more]
+    flags = ["-c", f"-I{_HERE}", f"-I{_ENGINE}", *more]
     if file.name in _OF_A_LEVEL:
         headers.append(prelude())
-        flags += [f"-I{_ENGINE}", f"-DFASTATTN_LEVEL={_routines(level)}", f"-DFASTATTN_LANES={level.lanes}"]
+        flags += [f"-DFASTATTN_LEVEL={_routines(level)}", f"-DFASTATTN_LANES={level.lanes}"]
     return build.Recipe(f"ort-{file.stem}", (text, *headers), lambda: text, level, flags=tuple(flags), suffix=".o")
 
 

@@ -95,10 +95,11 @@ def _jobs(
     import torch
 
     from fastattn.autotune.source import ROOMS
-    from fastattn.kernels.cpu import engine
+    from fastattn.kernels.cpu import engine, sort
 
     seen = set()
     yield Job("threads", engine.driver_recipe())
+    yield Job("sort", sort.recipe())
     for room in ROOMS:
         launches_ahead = import_module(f"fastattn.autotune.{room}").launches_ahead
         for dtype in dtypes:

@@ -130,7 +130,7 @@ def _plan(launches: Sequence[Launch], number: Callable[[str, torch.Tensor], int]
         if isinstance(built, Unsupported):
             raise _bare(built)
         kernels.append(built)
-    return Plan(launches, kernels, number, n_tensors, _driver())
+    return Plan(launches, kernels, number, n_tensors, driver())
 
 
 def _kernels(launches: Sequence[Launch]) -> list[Built | Unsupported]:
@@ -139,10 +139,10 @@ def _kernels(launches: Sequence[Launch]) -> list[Built | Unsupported]:
     missing = {key: launch for key, launch in zip(keys, launches, strict=True) if found[key] is None}
     if missing:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            pool.submit(_driver)
+            pool.submit(driver)
             found |= zip(missing, pool.map(_ensure, missing, missing.values()), strict=True)
     try:
-        _driver()
+        driver()
     except Unsupported as error:
         return [_bare(error)] * len(launches)
     return [found[key] for key in keys]
@@ -179,7 +179,7 @@ def forget() -> None:
     _plans = {}
     _built.clear()
     _building.clear()
-    _driver.cache_clear()
+    driver.cache_clear()
     build.forget()
 
 
@@ -191,5 +191,6 @@ def _digest() -> str:
 
 
 @lru_cache
-def _driver() -> Driver:
+def driver() -> Driver:
+    """What runs launches on several threads; built at the first call."""
     return Driver(build.load(driver_recipe()))

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from fastattn.kernels.cpu import sort
+from fastattn.kernels.errors import Unsupported, UnsupportedNow
 from fastattn.ops.argsort import stable_argsort
 
 
@@ -53,16 +55,25 @@ def test_16_bit_integers_keep_the_order_of_equals(shape: tuple[int, ...]) -> Non
         assert torch.equal(stable_argsort(keys), expected(keys))
 
 
-@pytest.mark.parametrize("long", [0, 2**40], ids=["a-long-sort", "a-short-sort"])
-def test_threads_change_nothing(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastattn.ops.argsort._LONG", long)
+@pytest.mark.parametrize("threads", [1, 6])
+def test_threads_change_nothing(threads: int) -> None:
     keys = torch.randn(40, 9000, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
-    torch.set_num_threads(6)
+    torch.set_num_threads(threads)
     try:
         assert torch.equal(stable_argsort(keys), expected(keys))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("error", [Unsupported("no C++ compiler"), UnsupportedNow("the disk is full")], ids=repr)
+def test_where_it_cant_be_built_torch_sorts(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(sort, "_entry", fails)
+    keys = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stable_argsort(keys), expected(keys))
 
 
 def test_opcheck() -> None:
