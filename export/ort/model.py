@@ -23,9 +23,17 @@ def calls(path: str | Path) -> list[Call]:
     """The calls of ops of the library that a run of the model makes.
 
     Raises:
-        ValueError: the model has no node of ours, or it doesn't say the size or type of what one gets.
+        ValueError: the model has no node of ours, or it was written for a later version of our domain, or it doesn't
+            say the size or type of what one gets.
     """
     model = onnx.load(str(path), load_external_data=False)
+    # ONNX Runtime takes an op that did not change since version 1 for every later one
+    version = max((opset.version for opset in model.opset_import if opset.domain == domain.NAME), default=0)
+    if version > domain.VERSION:
+        raise ValueError(
+            f"{path} is of version {version} of domain {domain.NAME}, and this fastattn knows those up to "
+            f"{domain.VERSION}: use a newer one, or run the model without the library, on its bodies"
+        )
     functions = {(function.domain, function.name): function for function in model.functions}
     graph = model.graph
     values = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}

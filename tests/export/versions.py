@@ -9,36 +9,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-import fastattn
 from fastattn import export
 from tests import environments
+from tests.export import written
 
 # the oldest whose interface the library asks for, and some between it and today's
 RELEASES = ("1.17.3", "1.20.1", "1.22.1")
-LENGTH, HEAD_DIM, ROUNDS = 333, 64, 4
+LENGTH, HEAD_DIM = 333, 64
 CLOSE = 1e-5
-
-_draws = torch.Generator().manual_seed(0)
-PROJECTIONS = torch.randn(HEAD_DIM + 2, ROUNDS, generator=_draws)
-ROTATIONS = torch.randn(2, HEAD_DIM, ROUNDS, 4, generator=_draws)
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "smyrf": lambda q, k, v: fastattn.smyrf_attention(q, k, v, n_hashes=ROUNDS, projections=PROJECTIONS),
-    "smyrf_causal": lambda q, k, v: fastattn.smyrf_attention(
-        q, k, v, n_hashes=ROUNDS, projections=PROJECTIONS, is_causal=True, correct_duplicates=True, local_window=32
-    ),
-    "lsh": lambda q, k, v: fastattn.lsh_attention(q, v, n_hashes=ROUNDS, rotations=ROTATIONS, is_causal=True),
-    "clustered": lambda q, k, v: fastattn.clustered_attention(q, k, v, n_clusters=20),
-    "improved_clustered": lambda q, k, v: fastattn.improved_clustered_attention(q, k, v, n_clusters=20, topk=16),
-    "linear": lambda q, k, v: fastattn.linear_attention(q, k, v),
-    "linear_causal": lambda q, k, v: fastattn.linear_attention(q, k, v, is_causal=True),
-}  # fmt: skip
 
 # What the other environments run: (folder, whether on the library) -> a line for each model that is off.
 RUN = """
@@ -62,31 +44,18 @@ print(onnxruntime.__version__)
 """
 
 
-class Method(nn.Module):
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.function(q, k, v)
-
-
 def make(folder: Path) -> None:
     """Inputs, and for each method its file, the library that it needs, and what comes out here."""
     import onnxruntime
 
-    generator = torch.Generator().manual_seed(1)
-    sample = {name: torch.randn(1, 2, LENGTH, HEAD_DIM, generator=generator) for name in "qkv"}
-    given = {name: value.numpy() for name, value in sample.items()}
-    np.savez(folder / "inputs.npz", **given)
-    length = {2: torch.export.Dim("length", min=2)}
-    for name, function in METHODS.items():
+    given = written.sample(LENGTH, HEAD_DIM)
+    np.savez(folder / "inputs.npz", **{name: value.numpy() for name, value in given.items()})
+    for name, model in written.methods(HEAD_DIM, n_hashes=4, n_clusters=20).items():
         path = folder / name / "model.onnx"
-        export.to_onnx(Method(function).eval(), sample, path, dynamic_shapes=dict.fromkeys("qkv", length))
+        written.write(model, given, path)
         export.custom_ops_library(path, output=path.parent)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        wanted = {value.name: given[value.name] for value in session.get_inputs()}
-        np.save(path.with_name("expected.npy"), session.run(None, wanted)[0])
+        np.save(path.with_name("expected.npy"), written.run(session, given))
 
 
 def prepare(release: str) -> Path:
