@@ -3,36 +3,20 @@
 // The kernel leaves, for each part of the keys, its own out and lse, and for each group of keys its largest logit, the
 // peak: the largest logits of a query are in the groups of largest peaks, whose logits are looked at once more.
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <numeric>
 
-#include "cpu.h"
 #include "heads.h"
 #include "ops.h"
 
 namespace fastattn {
 namespace {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGroup = 16, kPart = 2048;  // keys of a peak, and of a part
-
-// The places of the k largest of n numbers, in no order, into chosen; NaN counts as the smallest.
-void select(const float* numbers, int64_t n, int64_t k, std::vector<int32_t>& chosen) {
-  chosen.resize(n);
-  std::iota(chosen.begin(), chosen.end(), 0);
-  const auto key = [&](int32_t at) { return numbers[at] == numbers[at] ? numbers[at] : kMinusInfinity; };
-  // of equals the first, so that there is one answer
-  const auto before = [&](int32_t a, int32_t b) { return key(a) > key(b) || (key(a) == key(b) && a < b); };
-  if (k < n) std::nth_element(chosen.begin(), chosen.begin() + k, chosen.end(), before);
-  chosen.resize(std::min(n, k));
-}
 
 class CentroidAttention {
  public:
   CentroidAttention(const Context& context, bool has_values, int64_t top_k, double scale)
-      : context_(context), device_(static_cast<CpuDevice&>(context.device())), has_values_(has_values), top_k_(top_k),
-        scale_(scale), q_(context.input(0).expect({-1, -1, -1, -1})), batch_(q_[0]), heads_(q_[1]), queries_(q_[2]),
+      : context_(context), device_(context.device()), has_values_(has_values), top_k_(top_k), scale_(scale),
+        q_(context.input(0).expect({-1, -1, -1, -1})), batch_(q_[0]), heads_(q_[1]), queries_(q_[2]),
         k_(context.input(1).expect({batch_, -1, -1, q_[3]})), s_(k_[2]),
         v_(has_values ? context.input(2).expect({batch_, k_[1], s_, -1}) : k_),
         mask_(repeated(device_, context.input(has_values ? 3 : 2), {batch_, s_})), rows_(batch_ * heads_),
@@ -45,9 +29,14 @@ class CentroidAttention {
     const int64_t value_dim = has_values_ ? v_[3] : 0, best = std::min(top_k_, s_);
     float* outs = floats({rows_, parts_, queries_, value_dim});
     float* lses = floats({rows_, parts_, queries_});
-    float* peaks = floats({rows_, queries_, groups_});
+    float* peaks = floats({rows_, queries_, top_k_ ? groups_ : 0});
     if (rows_ * queries_ * s_ != 0) attend(outs, lses, peaks);
-    if (has_values_) fold(outs, lses);
+    if (has_values_) {
+      const Shape rows{batch_, heads_, queries_};
+      const Result out(context_, 0, {batch_, heads_, queries_, value_dim}), lse(context_, 1, rows);
+      // the parts together are one softmax
+      device_.fold(outs, lses, rows_, parts_, queries_, value_dim, out.data(), lse.data());
+    }
     int32_t* index = static_cast<int32_t*>(
         context_.output(has_values_ ? 2 : 0, {batch_, heads_, queries_, best}));
     if (index && rows_ * queries_ * best != 0) find_largest(peaks, best, index);
@@ -56,6 +45,10 @@ class CentroidAttention {
  private:
   float* floats(std::initializer_list<int64_t> sizes) const {
     return static_cast<float*>(device_.scratch(product({4, product(sizes)})));
+  }
+
+  int32_t* integers(std::initializer_list<int64_t> sizes) const {
+    return static_cast<int32_t*>(device_.scratch(product({4, product(sizes)})));
   }
 
   Launch begin(const char* kernel) const {
@@ -81,40 +74,12 @@ class CentroidAttention {
     device_.run(variant, launch, {product({rows_, parts_, ceil_div(queries_, variant.block("BLOCK_M"))})});
   }
 
-  // The parts together are one softmax.
-  void fold(const float* outs, const float* lses) const {
-    const int64_t value_dim = v_[3];
-    const Result out(context_, 0, {batch_, heads_, queries_, value_dim}), lse(context_, 1, {batch_, heads_, queries_});
-    device_.parallel(rows_ * queries_, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t row = at / queries_, first = row * parts_ * queries_ + at % queries_;
-        float most = kMinusInfinity, total = 0;
-        for (int64_t part = 0; part < parts_; ++part) most = std::max(most, lses[first + part * queries_]);
-        float* sum = out.data() + at * value_dim;
-        std::fill(sum, sum + value_dim, 0.0f);
-        for (int64_t part = 0; part < parts_; ++part) {
-          const float own = lses[first + part * queries_];
-          const float weight = own == kMinusInfinity ? 0 : std::exp(own - most);
-          total += weight;
-          const float* mine = outs + (first + part * queries_) * value_dim;
-          if (weight != 0)
-            for (int64_t d = 0; d < value_dim; ++d) sum[d] += weight * mine[d];
-        }
-        if (total != 0)
-          for (int64_t d = 0; d < value_dim; ++d) sum[d] /= total;
-        lse.data()[at] = total != 0 ? most + std::log(total) : kMinusInfinity;
-      }
-    });
-  }
-
   void find_largest(const float* peaks, int64_t best, int32_t* index) const {
     const int64_t n_chosen = std::min(top_k_, groups_), logits_each = n_chosen * kGroup;
-    int32_t* chosen = static_cast<int32_t*>(device_.scratch(product({rows_, queries_, n_chosen, 4})));
+    int32_t* chosen = integers({rows_, queries_, n_chosen});
+    int32_t* places = integers({rows_, queries_, best});
     float* logits = floats({rows_, queries_, logits_each});
-    each_query([&](int64_t at, std::vector<int32_t>& places) {
-      select(peaks + at * groups_, groups_, n_chosen, places);
-      std::copy(places.begin(), places.end(), chosen + at * n_chosen);
-    });
+    device_.largest(peaks, rows_ * queries_, groups_, n_chosen, chosen);
     Launch launch = begin("centroid_attention_candidates");
     launch.pointer("groups_ptr", Type::int32, chosen).pointer("logits_ptr", Type::fp32, logits);
     launch.integer("n_chosen", n_chosen).integer("n_tiles", 0);
@@ -122,26 +87,12 @@ class CentroidAttention {
     const int64_t tiles = ceil_div(logits_each, variant.block("BLOCK_N"));
     launch.integer("n_tiles", tiles);
     device_.run(variant, launch, {product({rows_, queries_, tiles})});
-    each_query([&](int64_t at, std::vector<int32_t>& places) {
-      const float* mine = logits + at * logits_each;
-      select(mine, logits_each, best, places);
-      for (int64_t i = 0; i < best; ++i) {
-        const int32_t place = places[i];
-        const bool is_key = mine[place] > kMinusInfinity;
-        index[at * best + i] = is_key ? chosen[at * n_chosen + place / kGroup] * (int32_t)kGroup + place % kGroup : -1;
-      }
-    });
-  }
-
-  void each_query(const std::function<void(int64_t, std::vector<int32_t>&)>& body) const {
-    device_.parallel(rows_ * queries_, 4, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> places;
-      for (int64_t at = begin; at < end; ++at) body(at, places);
-    });
+    device_.largest(logits, rows_ * queries_, logits_each, best, places);
+    device_.listed_keys(places, chosen, logits, rows_ * queries_, best, n_chosen, kGroup, index);
   }
 
   const Context& context_;
-  CpuDevice& device_;
+  Device& device_;
   const bool has_values_;
   const int64_t top_k_;
   const double scale_;
@@ -171,7 +122,8 @@ Definition centroid_attention() {
           kEachT,
           {{"q"}, {"k"}, {"v"}, {"key_mask", Port::boolean}},
           {{"out", Port::fp32}, {"lse", Port::fp32}, {"topk_index", Port::int32}},
-          [](const Attributes& attributes) { return std::make_unique<Attend>(attributes, true); }};
+          [](const Attributes& attributes) { return std::make_unique<Attend>(attributes, true); },
+          true};
 }
 
 Definition topk_keys() {
@@ -179,7 +131,8 @@ Definition topk_keys() {
           kEachT,
           {{"q"}, {"k"}, {"key_mask", Port::boolean}},
           {{"topk_index", Port::int32}},
-          [](const Attributes& attributes) { return std::make_unique<Attend>(attributes, false); }};
+          [](const Attributes& attributes) { return std::make_unique<Attend>(attributes, false); },
+          true};
 }
 
 }  // namespace fastattn

@@ -1,7 +1,4 @@
 // The sums over the members of each cluster: kernels/cluster_attention.py, and the sum of its chunks.
-#include <algorithm>
-
-#include "cpu.h"
 #include "heads.h"
 #include "ops.h"
 
@@ -19,19 +16,19 @@ struct ClusterSums : Node {
     check_lengths({n, n_clusters});
     product_below(INT32_MAX, "numbers in sums", {n_clusters + 1, dim});
     const Tensor clusters = context.input(1).expect({batch, heads, n});
-    CpuDevice& device = static_cast<CpuDevice&>(context.device());
+    Device& device = context.device();
     device.check_values("clusters", clusters.as<int32_t>(), clusters.shape.count(), -1, n_clusters - 1);
     const Result sums(context, 0, {batch, heads, n_clusters, dim});
     int32_t* counts = static_cast<int32_t*>(context.output(1, {batch, heads, n_clusters}));
     if (!counts) counts = static_cast<int32_t*>(device.scratch(product({rows, n_clusters, 4})));
 
-    const int64_t chunk = ceil_div(std::max<int64_t>(1024, ceil_div(n, 16)), 64) * 64, chunks = ceil_div(n, chunk);
+    const int64_t chunk = device.chunk(n), chunks = ceil_div(n, chunk);
     const int64_t each = n_clusters + 1;  // and what takes the rows of none
-    float* parts = static_cast<float*>(device.scratch(product({rows, chunks, each, dim, 4})));
-    int32_t* members = static_cast<int32_t*>(device.scratch(product({rows, chunks, each, 4})));
+    void* part_sums = device.scratch(product({rows, chunks, each, dim, 4}));
+    void* part_counts = device.scratch(product({rows, chunks, each, 4}));
     Launch launch("cluster_attention_sums");
     launch.pointer("x_ptr", x.type, x.data).pointer("clusters_ptr", Type::int32, clusters.data);
-    launch.pointer("sums_ptr", Type::fp32, parts).pointer("counts_ptr", Type::int32, members);
+    launch.pointer("sums_ptr", Type::fp32, part_sums).pointer("counts_ptr", Type::int32, part_counts);
     give_strides(launch, x, {"x_stride_b", "x_stride_h", "x_stride_n"});
     launch.integer("n_heads", heads).integer("length", n).integer("n_clusters", n_clusters);
     launch.integer("n_chunks", chunks).integer("chunk", chunk).constant("DIM", dim);
@@ -40,19 +37,8 @@ struct ClusterSums : Node {
       const int64_t tiles = variant.block("SCATTER") ? 1 : ceil_div(n_clusters, variant.block("BLOCK_C"));
       device.run(variant, launch, {product({rows, chunks, tiles})});
     }
-    // in their order, so that the same rows give the same bits
-    device.parallel(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        float* sum = sums.data() + row * n_clusters * dim;
-        int32_t* count = counts + row * n_clusters;
-        std::fill(sum, sum + n_clusters * dim, 0.0f);
-        std::fill(count, count + n_clusters, 0);
-        for (int64_t part = row * chunks; part < (row + 1) * chunks; ++part) {
-          for (int64_t i = 0; i < n_clusters * dim; ++i) sum[i] += parts[part * each * dim + i];
-          for (int64_t c = 0; c < n_clusters; ++c) count[c] += members[part * each + c];
-        }
-      }
-    });
+    device.sum_parts(Type::fp32, part_sums, rows, chunks, n_clusters * dim, each * dim, sums.data());
+    device.sum_parts(Type::int32, part_counts, rows, chunks, n_clusters, each, counts);
   }
 };
 
@@ -63,7 +49,8 @@ Definition cluster_sums() {
           kEachT,
           {{"x"}, {"clusters", Port::int32}},
           {{"sums", Port::fp32}, {"counts", Port::int32}},
-          [](const Attributes& attributes) { return std::make_unique<ClusterSums>(attributes); }};
+          [](const Attributes& attributes) { return std::make_unique<ClusterSums>(attributes); },
+          true};
 }
 
 }  // namespace fastattn

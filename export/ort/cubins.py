@@ -26,7 +26,7 @@ from typing import Any
 from fastattn.autotune.compile_pool import Pool
 from fastattn.autotune.device import machine_compiler
 from fastattn.autotune.source import kernel_named
-from fastattn.export.ort import cuda_kernels
+from fastattn.export.ort import cuda_kernels, cuda_steps
 from fastattn.export.ort.variants import Variant
 from fastattn.kernels import ahead
 from fastattn.kernels.ahead import Compiled, compile_ahead, shared_memory_limit
@@ -210,7 +210,7 @@ def _is_exact(capability: int) -> bool:
 
 
 def _kernel_named(name: str) -> Any:
-    return cuda_kernels.KERNELS.get(name) or kernel_named(name)
+    return cuda_kernels.KERNELS.get(name) or cuda_steps.KERNELS.get(name) or kernel_named(name)
 
 
 def _symbol(made: build.Recipe) -> str:

@@ -143,6 +143,8 @@ class CudaDevice final : public fastattn::Device {
     return reinterpret_cast<void*>(memory);
   }
 
+  int64_t chunk(int64_t length) const override { return chunk_of(length, 64, 256); }
+
   void fill(float* memory, float value, int64_t count) override {
     uint32_t word;
     std::memcpy(&word, &value, sizeof word);
@@ -196,6 +198,64 @@ class CudaDevice final : public fastattn::Device {
     run_over(launch, count);
   }
 
+  void sum_parts(Type type, const void* parts, int64_t rows, int64_t n_parts, int64_t size, int64_t part_size,
+                 void* total) override {
+    Launch launch("sum_parts");
+    launch.pointer("parts_ptr", type, parts).pointer("total_ptr", type, total).integer("n", product({rows, size}));
+    launch.integer("n_parts", n_parts).integer("size", size).integer("part_size", part_size);
+    run_over(launch, product({rows, size}));
+  }
+
+  void fold(const float* outs, const float* lses, int64_t rows, int64_t n_parts, int64_t n_queries, int64_t dim,
+            float* out, float* lse) override {
+    const int64_t n = product({rows, n_queries, dim});
+    if (n_parts == 0) {
+      fill(out, 0, n);
+      fill(lse, -std::numeric_limits<float>::infinity(), product({rows, n_queries}));
+      return;
+    }
+    Launch launch("fold");
+    launch.pointer("outs_ptr", Type::fp32, outs).pointer("lses_ptr", Type::fp32, lses);
+    launch.pointer("out_ptr", Type::fp32, out).pointer("lse_ptr", Type::fp32, lse).integer("n", n);
+    launch.integer("n_parts", n_parts).integer("n_queries", n_queries).integer("dim", dim);
+    run_over(launch, n);
+  }
+
+  void largest(const float* numbers, int64_t rows, int64_t n, int64_t k, int32_t* places) override {
+    Launch launch("largest");
+    launch.pointer("numbers_ptr", Type::fp32, numbers).pointer("places_ptr", Type::int32, places);
+    launch.integer("n", n).integer("k", k);
+    run(choose(launch, {}), launch, {rows});
+  }
+
+  void listed_keys(const int32_t* places, const int32_t* groups, const float* logits, int64_t queries, int64_t k,
+                   int64_t n_groups, int64_t group_size, int32_t* keys) override {
+    const int64_t n = product({queries, k});
+    Launch launch("listed_keys");
+    launch.pointer("places_ptr", Type::int32, places).pointer("groups_ptr", Type::int32, groups);
+    launch.pointer("logits_ptr", Type::fp32, logits).pointer("keys_ptr", Type::int32, keys).integer("n", n);
+    launch.integer("k", k).integer("n_groups", n_groups).integer("group_size", group_size);
+    run_over(launch, n);
+  }
+
+  void first_centroids(const int64_t* codes, const int32_t* initial, int64_t rows, int64_t length, int64_t n_clusters,
+                       int32_t* centroids, int32_t* ranks) override {
+    const int64_t n = product({rows, n_clusters});
+    Launch launch("first_centroids");
+    launch.pointer("codes_ptr", Type::int64, codes).pointer("initial_ptr", Type::int32, initial);
+    launch.pointer("centroids_ptr", Type::int32, centroids).pointer("ranks_ptr", Type::int32, ranks);
+    launch.integer("n", n).integer("n_clusters", n_clusters).integer("length", length);
+    run_over(launch, n);
+  }
+
+  void sort_by_cluster(const int32_t* clusters, int64_t rows, int64_t length, int64_t n_clusters, int32_t* order,
+                       int32_t* offsets) override {
+    Launch launch("sort_by_cluster");
+    launch.pointer("clusters_ptr", Type::int32, clusters).pointer("order_ptr", Type::int32, order);
+    launch.pointer("offsets_ptr", Type::int32, offsets).integer("length", length).integer("n_clusters", n_clusters);
+    run(choose(launch, {}), launch, {product({rows, n_clusters + 1})});
+  }
+
  private:
   static Address address(const void* memory) { return reinterpret_cast<Address>(memory); }
 
@@ -223,6 +283,7 @@ class CudaDevice final : public fastattn::Device {
 
   // One program for each BLOCK of count elements.
   void run_over(const Launch& launch, int64_t count) {
+    if (count == 0) return;  // of what is empty there may be no address
     const Variant& variant = choose(launch, {});
     const int64_t block = variant.block("BLOCK");
     run(variant, launch, {(count + block - 1) / block});

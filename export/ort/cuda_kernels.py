@@ -1,4 +1,7 @@
-"""What a GPU has to do between an op's launches: there PyTorch has operations of its own, and the CPU plain loops."""
+"""What a GPU has to do between any op's launches: there PyTorch has operations of its own, and the CPU plain loops.
+
+They are in every library with cubins; what single ops need beside is in ``cuda_steps.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fastattn.kernels.config import Config
 from fastattn.kernels.launch import Launch
 
 CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
-_MANY = 2**33 + 1  # more than 32 bits count, and odd: what is compiled for it takes any number
+MANY = 2**33 + 1  # more than 32 bits count, and odd: what is compiled for it takes any number
 
 
 @triton.jit
@@ -77,13 +80,13 @@ def examples() -> Iterator[tuple[str, Launch]]:
         for dtype in (torch.float32, torch.float16, torch.int32, torch.int64, torch.bool)
     )
     yield _launch("narrow", source_ptr=fp32, result_ptr=fp16)
-    yield _launch("turn", source_ptr=fp32, result_ptr=fp32, rows=_MANY, columns=_MANY)
+    yield _launch("turn", source_ptr=fp32, result_ptr=fp32, rows=MANY, columns=MANY)
     for x in (boolean, int32, int64):
         yield _launch("repeat", source_ptr=x, result_ptr=x)
-    yield _launch("assert_range", values_ptr=int32, least=_MANY, most=_MANY)
-    sizes = {"n_blocks": _MANY, "block_size": _MANY, "length": _MANY}
+    yield _launch("assert_range", values_ptr=int32, least=MANY, most=MANY)
+    sizes = {"n_blocks": MANY, "block_size": MANY, "length": MANY}
     yield _launch("block_numbers", index_ptr=int32, numbers_ptr=int32, **sizes)
 
 
 def _launch(name: str, **args: Any) -> tuple[str, Launch]:
-    return name, Launch(KERNELS[name], (1,), args | {"n": _MANY}, CONFIG)
+    return name, Launch(KERNELS[name], (1,), args | {"n": MANY}, CONFIG)

@@ -1,5 +1,6 @@
 #include "framework.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -31,6 +32,10 @@ int64_t product(std::initializer_list<int64_t> sizes) {
 
 void product_below(int64_t most, const char* what, std::initializer_list<int64_t> sizes) {
   if (product(sizes) > most) throw Error(std::string("there are more ") + what + " than can be counted");
+}
+
+int64_t chunk_of(int64_t length, int64_t most, int64_t least) {
+  return ceil_div(std::max(least, ceil_div(length, most)), 64) * 64;
 }
 
 Shape::Shape(std::initializer_list<int64_t> sizes) {

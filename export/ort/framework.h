@@ -19,6 +19,8 @@ int64_t product(std::initializer_list<int64_t> sizes);
 // Throws Error, naming what there are too many of, unless the product of sizes is at most `most`.
 void product_below(int64_t most, const char* what, std::initializer_list<int64_t> sizes);
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // of a >= 0, b > 0
+// Rows of a chunk, in 64s, where `length` rows are cut into at most `most` of them, of at least `least` rows each.
+int64_t chunk_of(int64_t length, int64_t most, int64_t least);
 
 class Shape {
  public:

@@ -1,13 +1,10 @@
 // Codes of random hyperplanes, and Lloyd's algorithm on them by Hamming distance: kernels/hamming.py.
-#include <algorithm>
-
 #include "heads.h"
 #include "ops.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int32_t kNotThere = 127 << 24;  // on a cluster's number: farther away than anything
 constexpr int64_t kMostClusters = 1 << 24;
 constexpr int64_t kMostIterations = 1 << 16;  // a call can't be stopped: nobody means more
 
@@ -64,17 +61,9 @@ struct HammingKmeans : Node {
     const int64_t rows = batch * heads;
     int32_t* centroids = static_cast<int32_t*>(device.scratch(product({rows, 2, n_clusters, 4})));
     int32_t* ranks = static_cast<int32_t*>(device.scratch(product({rows, n_clusters, 4})));
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < n_clusters; ++c) {
-        const int32_t first = initial.as<int32_t>()[row * n_clusters + c];
-        const bool exists = first >= 0 && first < n;
-        const int64_t code = codes.as<int64_t>()[row * n + (exists ? first : 0)];
-        ranks[row * n_clusters + c] = (int32_t)c + (exists ? 0 : kNotThere);
-        centroids[row * 2 * n_clusters + c] = (int32_t)code;
-        centroids[(row * 2 + 1) * n_clusters + c] = (int32_t)(code >> 32);
-      }
+    device.first_centroids(codes.as<int64_t>(), initial.as<int32_t>(), rows, n, n_clusters, centroids, ranks);
     // the rows of a head that are counted apart: no results depend on how many
-    const int64_t chunk = ceil_div(std::max<int64_t>(1024, ceil_div(n, 16)), 64) * 64, chunks = ceil_div(n, chunk);
+    const int64_t chunk = device.chunk(n), chunks = ceil_div(n, chunk);
     product_below(INT32_MAX, "bits of clusters", {chunks, n_clusters + 1, 64});
     void* counts = device.scratch(product({rows, chunks, n_clusters + 1, 64, 4}));
 
@@ -95,8 +84,8 @@ struct HammingKmeans : Node {
     for (int64_t iteration = 0; iteration + 1 < n_iterations; ++iteration) {
       update.integer("iteration", iteration);
       const Variant& counting = device.choose(count, {{"BLOCK_C", n_clusters}});
-      const int64_t parts = counting.block("SCATTER") ? 1 : ceil_div(n_clusters, counting.block("BLOCK_C"));
-      device.run(counting, count, {product({rows, chunks, parts})});
+      const int64_t c_tiles = counting.block("SCATTER") ? 1 : ceil_div(n_clusters, counting.block("BLOCK_C"));
+      device.run(counting, count, {product({rows, chunks, c_tiles})});
       const Variant& updating = device.choose(update, {{"BLOCK_C", n_clusters}});
       device.run(updating, update, {product({rows, ceil_div(n_clusters, updating.block("BLOCK_C"))})});
       device.run(assigning, assign, tiles);
@@ -120,7 +109,8 @@ Definition hamming_kmeans() {
           kNoTypes,
           {{"codes", Port::int64}, {"initial", Port::int32}, {"mask", Port::boolean}, {"seed", Port::int64}},
           {{"clusters", Port::int32}},
-          [](const Attributes& attributes) { return std::make_unique<HammingKmeans>(attributes); }};
+          [](const Attributes& attributes) { return std::make_unique<HammingKmeans>(attributes); },
+          true};
 }
 
 }  // namespace fastattn

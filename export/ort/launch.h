@@ -127,6 +127,9 @@ class Device {
   // Memory of the device until the end of the node's call, aligned to 256 bytes; not null, for 0 bytes too.
   virtual void* scratch(size_t bytes) = 0;
 
+  // Rows of a chunk, where chunks of `length` rows are summed apart to keep the device at work.
+  virtual int64_t chunk(int64_t length) const = 0;
+
   // Sets count numbers.
   virtual void fill(float* memory, float value, int64_t count) = 0;
 
@@ -138,6 +141,35 @@ class Device {
 
   // Each of count matrices [rows, columns] transposed: [columns, rows]. Here for memory that the CPU reaches.
   virtual void turn(const float* from, float* to, int64_t count, int64_t rows, int64_t columns);
+
+  // total [rows, size]: the sum of the n_parts parts of each row, in their order. A part is `part_size` numbers, of
+  // which the first `size` count. type: fp32 or int32.
+  virtual void sum_parts(Type type, const void* parts, int64_t rows, int64_t n_parts, int64_t size, int64_t part_size,
+                         void* total) = 0;
+
+  // The softmax over all keys from those over each of n_parts parts: outs [rows, n_parts, n_queries, dim] and lses, the
+  // same but for dim, to out [rows, n_queries, dim] and lse. Without parts out is 0 and lse -inf.
+  virtual void fold(const float* outs, const float* lses, int64_t rows, int64_t n_parts, int64_t n_queries,
+                    int64_t dim, float* out, float* lse) = 0;
+
+  // places [rows, k]: those of the k largest of each row's n numbers, in no order; of equals the first are taken, and
+  // NaN counts as -inf. k is at most n.
+  virtual void largest(const float* numbers, int64_t rows, int64_t n, int64_t k, int32_t* places) = 0;
+
+  // keys [queries, k]: which keys stand at these places among the logits [queries, n_groups, group_size] of groups of
+  // neighbouring keys; -1 where the logit is -inf or NaN.
+  virtual void listed_keys(const int32_t* places, const int32_t* groups, const float* logits, int64_t queries,
+                           int64_t k, int64_t n_groups, int64_t group_size, int32_t* keys) = 0;
+
+  // What hamming.py's kernels begin with: centroids [rows, 2, n_clusters], the halves of the codes [rows, length] of
+  // the initial rows [rows, n_clusters], and ranks [rows, n_clusters], which say which of these exist.
+  virtual void first_centroids(const int64_t* codes, const int32_t* initial, int64_t rows, int64_t length,
+                               int64_t n_clusters, int32_t* centroids, int32_t* ranks) = 0;
+
+  // order [rows, length]: the places of cluster 0, of cluster 1, ..., each in their order, and last those of none, -1.
+  // offsets [rows, n_clusters + 1]: where each cluster begins.
+  virtual void sort_by_cluster(const int32_t* clusters, int64_t rows, int64_t length, int64_t n_clusters,
+                               int32_t* order, int32_t* offsets) = 0;
 
   // The rest is for options of ops that not every device has; where it lacks one, an Error says so.
 

@@ -13,6 +13,7 @@ from fastattn.export.ort.variants import Variant
 
 # lengths of examples, odd: what an ahead-of-time compiler finds divisible by 16 there is so always
 _LENGTH = 77
+_TUNED_LENGTH = 4096  # how long inputs will be is not known; they hold all clusters and lists
 MOST_DIM = 256
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -38,10 +39,9 @@ def variants(calls: Iterable[Call], device_type: str = "cpu") -> list[Variant]:
     it, ``"cuda:90"``, which then runs what the tuner found for it, where that is known."""
     found = {}
     for call in calls:
-        if device_type != "cpu" and call.op not in GPU_OPS:
-            continue
-        for variant in _ROOMS.get(call.op, _no_kernels)(call, device_type):
-            found.setdefault(variant.described(), variant)
+        if call.op in _ROOMS:
+            for variant in _ROOMS[call.op](call, device_type):
+                found.setdefault(variant.described(), variant)
     return [*found.values()]
 
 
@@ -73,10 +73,6 @@ _DEFAULTS: dict[str, tuple[dict[str, Any], ...]] = {
     "LinearAttention": ({"is_causal": 0}, {"is_causal": 1}),
     "TopkAttention": ({"is_causal": 0}, {"is_causal": 1}),
 }
-
-
-def _no_kernels(call: Call, device_type: str) -> Iterator[Variant]:
-    yield from ()
 
 
 def _block_attention(call: Call, device_type: str) -> Iterator[Variant]:
@@ -124,6 +120,16 @@ def _round(
     return Variant(kernel, launch)
 
 
+def _steps(device_type: str, *names: str) -> Iterator[Variant]:
+    """What a GPU has kernels for where the CPU has loops."""
+    if device_type != "cpu":
+        from fastattn.export.ort import cuda_steps
+
+        for name in names:
+            for launch in cuda_steps.examples(name):
+                yield Variant(name, launch)
+
+
 def _centroid_attention(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import centroid_attention as room
 
@@ -137,50 +143,66 @@ def _centroid_attention(call: Call, device_type: str) -> Iterator[Variant]:
     tensors |= {name: _empty(1, 3, _LENGTH) for name in ("out", "lse", "peaks", "logits")}
     kernels = ["centroid_attention_forward"] + ["centroid_attention_candidates"] * (top_k > 0)
     for kernel in kernels:
-        config = room.heuristic(kernel, device_type, n_queries, call.head_dim, call.dtype.itemsize)
+        # a mask is always given here; what is tuned has none
+        tuned_flags = {**(flags if kernel == kernels[0] else {}), "HAS_MASK": False, "HAS_DROPOUT": False}
+        config = tuned(
+            kernel, device_type, call.dtype, tuned_flags, n_queries=n_queries, head_dim=call.head_dim,
+            value_dim=v.shape[3],
+        )  # fmt: skip
+        config = config or room.heuristic(kernel, device_type, n_queries, call.head_dim, call.dtype.itemsize)
         yield Variant(kernel, room.launch_of(kernel, tensors, flags, 1.0, 0.0, config))
+    yield from _steps(device_type, *["fold"] * flags["HAS_VALUES"], *["largest", "listed_keys"] * flags["HAS_PEAKS"])
 
 
 def _cluster_sums(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import cluster_attention as room
 
     kernel, n_clusters = "cluster_attention_sums", int(call.attributes.get("n_clusters", 100))
+    config = tuned(kernel, device_type, call.dtype, {}, n_clusters=n_clusters, head_dim=call.head_dim)
     launch = room.example_launch(
-        kernel, call.dtype, head_dim=call.head_dim, n_clusters=n_clusters, device_type=device_type
+        kernel, call.dtype, head_dim=call.head_dim, n_clusters=n_clusters, device_type=device_type, config=config
     )
     yield Variant(kernel, launch)
+    yield from _steps(device_type, "sum_parts")
 
 
 def _hamming_kmeans(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import hamming as room
 
+    n_clusters = int(call.attributes.get("n_clusters", 100))
     for kernel in ("hamming_assign", "hamming_count", "hamming_update"):
-        n_clusters = int(call.attributes.get("n_clusters", 100))
-        config = room.heuristic(kernel, device_type, n_clusters)
+        sizes = {"n_clusters": n_clusters, "length": max(_TUNED_LENGTH, n_clusters)}
+        config = tuned(kernel, device_type, torch.int64, {}, **sizes)
+        config = config or room.heuristic(kernel, device_type, n_clusters)
         launch = room.example_launch(
             kernel, call.dtype, n_clusters=n_clusters, masked=True, device_type=device_type, config=config
         )
         yield Variant(kernel, launch)
+    yield from _steps(device_type, "first_centroids")
 
 
 def _hash_argmax(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import hash_argmax as room
 
     factors = call.attributes.get("factors") or (64,)
+    kernel = "hash_argmax_digit"
     for half in dict.fromkeys(factor // 2 for factor in factors):
+        config = tuned(kernel, device_type, call.dtype, {}, head_dim=call.head_dim, columns=half)
         for first in (True, False)[: len(factors)]:
             launch = room.example_launch(
-                "hash_argmax_digit", call.dtype, head_dim=call.head_dim, columns=half, first=first,
-                device_type=device_type,
+                kernel, call.dtype, head_dim=call.head_dim, columns=half, first=first, device_type=device_type,
+                config=config,
             )  # fmt: skip
-            yield Variant("hash_argmax_digit", launch)
+            yield Variant(kernel, launch)
 
 
 def _hash_bits(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import hamming as room
 
-    launch = room.example_launch("hamming_hash", call.dtype, head_dim=call.head_dim, device_type=device_type)
-    yield Variant("hamming_hash", launch)
+    kernel = "hamming_hash"
+    config = tuned(kernel, device_type, call.dtype, {}, head_dim=call.head_dim)
+    launch = room.example_launch(kernel, call.dtype, head_dim=call.head_dim, device_type=device_type, config=config)
+    yield Variant(kernel, launch)
 
 
 FEATURE_MAPS = ("elu", "relu", "relu2", "identity")  # as nodes number them
@@ -237,9 +259,14 @@ def _topk_attention(call: Call, device_type: str) -> Iterator[Variant]:
     tensors = {"q": q, "k": k, "v": v, "order": integers, "offsets": integers, "mass": rows, "rest": rows, "out": v}
     tensors |= {"topk_index": _empty(1, 3, n_clusters, top_k, dtype=torch.int32), "lse": rows}
     tensors |= {"seed": _empty(1, dtype=torch.int64)}
-    config = room.heuristic(kernel, device_type, top_k, call.head_dim, call.dtype.itemsize)
-    launch = room.launch_of(kernel, tensors, bool(given.get("is_causal", 0)), 1.0, 0.0, config)
-    yield Variant(kernel, launch)
+    is_causal = bool(given.get("is_causal", 0))
+    sizes = {"n_clusters": n_clusters, "top_k": top_k, "length": max(_TUNED_LENGTH, n_clusters, top_k)}
+    sizes |= {"head_dim": call.head_dim, "value_dim": call.value_dim}
+    flags = {"is_causal": is_causal, "dropout": False}
+    config = tuned(kernel, device_type, call.dtype, flags, **sizes)
+    config = config or room.heuristic(kernel, device_type, top_k, call.head_dim, call.dtype.itemsize)
+    yield Variant(kernel, room.launch_of(kernel, tensors, is_causal, 1.0, 0.0, config))
+    yield from _steps(device_type, "sort_by_cluster")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -259,16 +286,7 @@ _ROOMS: dict[str, Callable[[Call, str], Iterator[Variant]]] = {
     "TopkAttention": _topk_attention,
     "TopkKeys": _centroid_attention,
 }
-# those that do all of their work in kernels: the others sort, or sum up, in C++ of the CPU's
-GPU_OPS = frozenset(
-    {
-        "BlockAttention",
-        "BlockAttentionWithOptions",
-        "HashArgmax",
-        "HashBits",
-        "LinearAttention",
-        "LinearAttentionStep",
-    }
-)
-# those of which no kernel is compiled are in the library all the same
+# those that do all of their work in kernels
+GPU_OPS = frozenset(_ROOMS)
+# the others, SMYRF's hash and sort, are C++ for the CPU
 OPS = frozenset({*_ROOMS, "SmyrfHash", "SortedBlocks"})

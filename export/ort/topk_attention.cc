@@ -1,26 +1,11 @@
 // Each query attends to the key list of its cluster: kernels/topk_attention.py. Queries are sorted by cluster first.
 #include <algorithm>
-#include <utility>
 
-#include "cpu.h"
 #include "heads.h"
 #include "ops.h"
 
 namespace fastattn {
 namespace {
-
-// The rows of each cluster, one cluster after the other and those of none last, [n]; and where each begins, [C + 1].
-void sort_by_cluster(const int32_t* clusters, int64_t n, int64_t n_clusters, int32_t* order, int32_t* offsets) {
-  std::vector<int32_t> next(n_clusters + 1, 0);  // of none the last
-  const auto place = [&](int64_t row) { return clusters[row] < 0 ? n_clusters : clusters[row]; };
-  for (int64_t row = 0; row < n; ++row) ++next[place(row)];
-  int32_t sum = 0;
-  for (int64_t c = 0; c <= n_clusters; ++c) {
-    offsets[c] = sum;
-    sum += std::exchange(next[c], sum);
-  }
-  for (int64_t row = 0; row < n; ++row) order[next[place(row)]++] = (int32_t)row;
-}
 
 int64_t power_of_two(int64_t least) {
   int64_t power = 1;
@@ -47,7 +32,7 @@ struct TopkAttention : Node {
     check_lengths({n, k[2], n_clusters, top_k});
     const Tensor mass = context.input(5).expect({batch, heads, n_clusters});
     const Tensor rest = context.input(6).expect({batch, heads, n_clusters, v[3]});
-    CpuDevice& device = static_cast<CpuDevice&>(context.device());
+    Device& device = context.device();
     device.check_values("clusters", clusters.as<int32_t>(), clusters.shape.count(), -1, n_clusters - 1);
     device.check_values("topk_index", lists.as<int32_t>(), lists.shape.count(), -1, k[2] - 1);
 
@@ -57,11 +42,7 @@ struct TopkAttention : Node {
     if (rows * n == 0) return;
     int32_t* order = static_cast<int32_t*>(device.scratch(product({rows, n, 4})));
     int32_t* offsets = static_cast<int32_t*>(device.scratch(product({rows, n_clusters + 1, 4})));
-    device.parallel(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        sort_by_cluster(clusters.as<int32_t>() + row * n, n, n_clusters, order + row * n,
-                        offsets + row * (n_clusters + 1));
-    });
+    device.sort_by_cluster(clusters.as<int32_t>(), rows, n, n_clusters, order, offsets);
 
     Launch launch("topk_attention_forward");
     launch.pointer("q_ptr", q.type, q.data).pointer("k_ptr", k.type, k.data).pointer("v_ptr", v.type, v.data);
@@ -94,7 +75,8 @@ Definition topk_attention() {
           {{"q"}, {"k"}, {"v"}, {"clusters", Port::int32}, {"topk_index", Port::int32}, {"mass", Port::fp32},
            {"rest", Port::fp32}},
           {{"out"}, {"lse", Port::fp32}},
-          [](const Attributes& attributes) { return std::make_unique<TopkAttention>(attributes); }};
+          [](const Attributes& attributes) { return std::make_unique<TopkAttention>(attributes); },
+          true};
 }
 
 }  // namespace fastattn

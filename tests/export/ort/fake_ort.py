@@ -56,7 +56,7 @@ class _Base(ctypes.Structure):
 
 @dataclass
 class Tensor:
-    """shape, element type (of :data:`ELEMENT_TYPES`) and address; there is nothing at the address."""
+    """shape, element type (of :data:`ELEMENT_TYPES`) and address, 0 of no elements; there is nothing there."""
 
     shape: tuple[int, ...]
     type: str
@@ -135,7 +135,8 @@ class Library:
     def output(self, call: Call, at: int, shape: tuple[int, ...]) -> Tensor:
         tensor = call.outputs[at]
         if tensor is None:
-            tensor = call.outputs[at] = Tensor(shape, call.output_types[at], self._next_output)
+            address = 0 if 0 in shape else self._next_output
+            tensor = call.outputs[at] = Tensor(shape, call.output_types[at], address)
             self._next_output += 1 << 24
         return tensor
 

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastattn.export.ort import cubins, cuda_kernels
+from fastattn.export.ort import cubins, cuda_kernels, cuda_steps
 from fastattn.export.ort.variants import Variant
 from fastattn.kernels.config import cdiv
 from fastattn.kernels.cpu import build, machine
@@ -85,7 +85,7 @@ class Node:
         environment = {"FAKE_CUDA_LOG": str(log), "FAKE_CUDA_CAPABILITIES": str(self.capability), **self.environment}
         addresses = self.addresses()
         inputs = [
-            {"shape": shape, "type": TYPES[dtype], "address": addresses[name]}
+            {"shape": shape, "type": TYPES[dtype], "address": 0 if 0 in shape else addresses[name]}
             for name, (shape, dtype) in self.inputs.items()
         ]
         return {
@@ -213,6 +213,16 @@ def block_numbers(index: Tensor, numbers: Tensor) -> tuple[str, Launch]:
     return _own("block_numbers", index.numel(), index_ptr=index, numbers_ptr=numbers, **sizes)
 
 
+def step(kernel: str, programs: int, **args: Any) -> tuple[str, Launch]:
+    """The launch of a kernel that a device has for one op."""
+    return kernel, Launch(cuda_steps.KERNELS[kernel], (programs,), args, cuda_steps.CONFIG)
+
+
+def step_over(kernel: str, n: int, **args: Any) -> tuple[str, Launch]:
+    """One that goes over ``n`` numbers."""
+    return step(kernel, cdiv(n, cuda_steps.CONFIG.blocks["BLOCK"]), n=n, **args)
+
+
 def _own(kernel: str, n: int, **args: Any) -> tuple[str, Launch]:
     config = cuda_kernels.CONFIG
     return kernel, Launch(cuda_kernels.KERNELS[kernel], (cdiv(n, config.blocks["BLOCK"]),), args | {"n": n}, config)
@@ -245,6 +255,6 @@ def tensors_of(run: Run, memory: Memory, *outputs: str) -> dict[str, Tensor]:
 def scratch_of(run: Run, memory: Memory, **made: tuple[tuple[int, ...], torch.dtype]) -> dict[str, Tensor]:
     """What a node allocated, as tensors of these shapes and dtypes in its order, which must fit and be all."""
     allocated = run.named("cuMemAllocAsync")
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in made.values()]
+    sizes = [max(1, math.prod(shape) * dtype.itemsize) for shape, dtype in made.values()]
     assert [call["bytes"] for call in allocated] == sizes
     return {name: memory.at(call["address"], *made[name]) for name, call in zip(made, allocated, strict=True)}

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from fastattn.export.ort import needs
 from fastattn.export.ort.library import build_library
-from fastattn.export.ort.variants import Variant
-from fastattn.kernels import block_attention as block_kernels
-from fastattn.kernels import hamming as hamming_kernels
-from fastattn.kernels import hash_argmax as hash_kernels
-from fastattn.kernels import linear_attention as linear_kernels
-from fastattn.kernels import linear_attention_step as step_kernels
-from fastattn.kernels.config import Config
-from fastattn.kernels.launch import Launch
+from tests.export.ort.cuda_cases import (
+    BATCH,
+    BLOCKS,
+    CASES,
+    DIM,
+    FP16,
+    FP32,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    N_CLUSTERS,
+    OF_CLUSTERS,
+    ROUNDS,
+    TARGETS,
+    TOP_K,
+    block_attention_node,
+    centroid_node,
+)
 from tests.export.ort.on_cuda import (
     STREAM,
     Memory,
@@ -28,225 +35,11 @@ from tests.export.ort.on_cuda import (
     Ran,
     Run,
     TritonLaunch,
-    assert_range,
-    block_numbers,
     build_driver,
     launch_by_triton,
-    narrow,
-    repeat,
     run_nodes,
-    scratch_of,
-    tensors_of,
-    turn,
 )
 
-DIM = 16  # of heads: small kernels compile fast
-TARGETS = ("cuda:80", "cuda:90")
-FP32, FP16, INT32 = torch.float32, torch.float16, torch.int32
-# lengths and counts that divide by nothing
-BATCH, HEADS, KV_HEADS, LENGTH, KEYS, ROUNDS, BLOCKS, C_Q, C_K = 3, 6, 2, 77, 91, 3, 5, 17, 19
-
-Launches = Iterator[tuple[str, Launch]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A node, and what it launches as the kernels' own files make it: from a run and a configuration by kernel."""
-
-    name: str
-    node: Node
-    launches: Callable[[Run, Memory, Mapping[str, Config]], Launches]
-    config: Config | None = None
-
-    @property
-    def target(self) -> str:
-        return f"cuda:{self.node.capability}"
-
-    def variants(self) -> list[Variant]:
-        """Those that this node needs."""
-        node = self.node
-        first = next(iter(node.inputs.values()))
-        (_, q_type), (v_shape, v_type) = first, node.inputs.get("v", first)
-        attributes = {"q_cluster_size": DIM, "local_window": int("local" in self.name), **node.attributes}
-        found = needs.variants([needs.Call(node.op, q_type, DIM, v_shape[3], v_type, attributes)], self.target)
-        if self.config is None:
-            return found
-        return [replace(x, launch=replace(x.launch, config=self.config)) for x in found]
-
-
-def attention_inputs(dtype: torch.dtype, keys: int = KEYS) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    key = (BATCH, KV_HEADS, keys, DIM), dtype
-    return {"q": ((BATCH, HEADS, LENGTH, DIM), dtype), "k": key, "v": key}
-
-
-def block_inputs(dtype: torch.dtype, keys: int = KEYS) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    index = (BATCH, HEADS, ROUNDS, BLOCKS)
-    return attention_inputs(dtype, keys) | {"q_index": ((*index, C_Q), INT32), "k_index": ((*index, C_K), INT32)}
-
-
-def block_attention_node(dtype: torch.dtype, **changes: Any) -> Node:
-    return replace(Node("BlockAttention", block_inputs(dtype), {"scale": 0.125}), **changes)
-
-
-def block_attention(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    tensors = tensors_of(run, memory, "out", "lse")
-    out = tensors["out"]
-    if out.dtype == FP16:
-        tensors |= scratch_of(run, memory, out=(tuple(out.shape), FP32))
-    yield assert_range(tensors["q_index"], -1, LENGTH - 1)
-    yield assert_range(tensors["k_index"], -1, KEYS - 1)
-    yield from _rounds("block_attention_forward", tensors, block_kernels.Pattern(), config)
-    if out.dtype == FP16:
-        yield narrow(tensors["out"], out)
-
-
-def _rounds(
-    kernel: str, tensors: Mapping[str, Tensor], pattern: block_kernels.Pattern, config: Mapping[str, Config]
-) -> Launches:
-    for launch in block_kernels.launches_of(kernel, tensors, pattern, 0.125, config):
-        yield kernel, launch
-
-
-def with_options_node(dtype: torch.dtype, *, one: bool, **attributes: int) -> Node:
-    """one: counts and masks are one number for all, and a local round is given; else it is none of that."""
-    heads, place = (BATCH, HEADS), (1, 1, 1, 1)
-    of_rounds = place if one else (*heads, ROUNDS, LENGTH)
-    local_q, local_k = ((BLOCKS, C_Q), (BLOCKS, C_K)) if one else ((1, 1), (1, 1))
-    inputs = block_inputs(dtype, LENGTH) | {
-        "local_q_index": ((*heads, 1, *local_q), INT32), "local_k_index": ((*heads, 1, *local_k), INT32),
-        "q_bucket": (of_rounds, INT32), "k_bucket": (of_rounds, INT32),
-        "n_used_blocks": ((1,) if one else (BATCH,), INT32),
-        "own_mask": ((1, 1) if one else (BATCH, LENGTH), torch.bool),
-    }  # fmt: skip
-    return Node("BlockAttentionWithOptions", inputs, {"scale": 0.125, "wrap": 1, **attributes})
-
-
-def reformer(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    """Buckets, duplicates counted once, an own key as the last resort; fp32 results need no narrowing."""
-    tensors = tensors_of(run, memory, "out", "lse")
-    numbers = (BATCH, HEADS, ROUNDS, LENGTH), INT32
-    tensors |= scratch_of(run, memory, q_block=numbers, k_block=numbers)
-    for name in ("q_index", "k_index"):
-        yield assert_range(tensors[name], -1, LENGTH - 1)
-    yield assert_range(tensors["n_used_blocks"], 1, BLOCKS)
-    for side in "qk":
-        yield block_numbers(tensors[f"{side}_index"], tensors[f"{side}_block"])
-    pattern = block_kernels.Pattern(
-        look_back=1, is_causal=True, exclude_self=True, last_resort=True, correct_duplicates=True, buckets=True
-    )
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("local_")}
-    yield from _rounds("block_attention_forward", tensors, pattern, config)
-    yield from _rounds("block_attention_own_key_forward", tensors, pattern, config)
-
-
-def causal_smyrf(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    """An own key that counts once, a local round; one number stands for all counts and for all masks."""
-    given = tensors_of(run, memory, "out", "lse")
-    out, n_used, mask = given["out"], given["n_used_blocks"], given["own_mask"]
-    made = {"out": (tuple(out.shape), FP32), "n_used_blocks": ((BATCH,), INT32)}
-    tensors = given | scratch_of(run, memory, **made, own_mask=((BATCH, LENGTH), torch.bool))
-    yield repeat(n_used, tensors["n_used_blocks"])
-    yield repeat(mask, tensors["own_mask"])
-    for name in ("q_index", "k_index"):
-        yield assert_range(tensors[name], -1, LENGTH - 1)
-    yield assert_range(tensors["n_used_blocks"], 1, BLOCKS)
-    for side in "qk":
-        tensors[f"local_index_{side}"] = tensors.pop(f"local_{side}_index")
-        del tensors[f"{side}_bucket"]
-        yield assert_range(tensors[f"local_index_{side}"], -1, LENGTH - 1)
-    pattern = block_kernels.Pattern(is_causal=True, exclude_self=True, once=True)
-    yield from _rounds("block_attention_forward", tensors, pattern, config)
-    yield from _rounds("block_attention_own_key_forward", tensors, pattern, config)
-    yield narrow(tensors["out"], out)
-
-
-def linear_node(dtype: torch.dtype, *, is_causal: bool) -> Node:
-    """Causal: with one number for the mask, and no initial state."""
-    mask = ((1, 1) if is_causal else (BATCH, KEYS)), torch.bool
-    initial = ((1, 1, 1) if is_causal else (BATCH, HEADS, DIM * (DIM + 1))), FP32
-    inputs = attention_inputs(dtype, LENGTH if is_causal else KEYS) | {"key_mask": mask, "initial": initial}
-    return Node("LinearAttention", inputs, {"feature_map": 0, "is_causal": int(is_causal), "eps": 0.0625})
-
-
-def linear_attention(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    room, is_causal = linear_kernels, bool(run.node.attributes["is_causal"])
-    given = tensors_of(run, memory, "result", "den", "final")
-    keys, state = given["k"].shape[2], tuple(given["final"].shape)
-    chunk = room.chunk_length(keys, is_causal, config)
-    chunks = -(-keys // chunk), state[2]
-    made: dict[str, Any] = {}
-    if is_causal:
-        made = {"key_mask": ((BATCH, keys), torch.bool), "initial": (state, FP32)}
-    made |= {"states": ((BATCH, KV_HEADS, *chunks), FP32)}
-    if is_causal:
-        made |= {"before": ((BATCH, HEADS, *chunks), FP32)}
-    tensors = given | scratch_of(run, memory, **made)
-    if is_causal:
-        yield repeat(given["key_mask"], tensors["key_mask"])
-    tensors |= {"own_x": given["q"], "other_x": given["k"], "other_y": given["v"], "delta": given["final"]}
-    tensors.setdefault("before", given["final"])
-    pattern = room.Pattern("elu", is_causal, has_mask=True, has_initial=True)
-    names = ("linear_attention_states", "linear_attention_scan", "linear_attention_outputs")
-    yield from zip(names, room.launches_of(names, tensors, pattern, 0.0625, config, chunk), strict=True)
-
-
-def step_node(dtype: torch.dtype) -> Node:
-    inputs = {name: ((*shape[:2], 1, DIM), dtype) for name, (shape, _) in attention_inputs(dtype).items()}
-    inputs |= {"s": ((BATCH, HEADS, DIM, DIM), FP32), "z": ((BATCH, HEADS, DIM), FP32)}
-    return Node("LinearAttentionStep", inputs, {"feature_map": 1, "eps": 0.0625})
-
-
-def linear_attention_step(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    kernel = "linear_attention_step"
-    tensors = tensors_of(run, memory, "out", "new_s", "new_z")
-    for launch in step_kernels.launches_of(kernel, tensors, "relu", 0.0625, config[kernel]):
-        yield kernel, launch
-
-
-def hash_argmax_node(dtype: torch.dtype) -> Node:
-    """Two factors: 8 and 4 buckets have 4 and 2 directions."""
-    inputs = {"x": ((BATCH, HEADS, LENGTH, DIM), dtype), "rotations": ((HEADS, DIM, ROUNDS, 6), FP32)}
-    return Node("HashArgmax", inputs, {"factors": [8, 4]})
-
-
-def hash_argmax(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    given = tensors_of(run, memory, "buckets")
-    turned = scratch_of(run, memory, rotations=((HEADS, ROUNDS, 6, DIM), FP32))
-    directions = memory.at(run.node.addresses()["rotations"], (HEADS, DIM, ROUNDS * 6), FP32)
-    yield turn(directions, turned["rotations"])
-    kernel = "hash_argmax_digit"
-    chosen = dict.fromkeys((4, 2), config[kernel])
-    for launch in hash_kernels.launches_of(given | turned, (8, 4), chosen):
-        yield kernel, replace(launch, args=launch.args | {"PRECISION": "tf32x3"})  # as on a GPU
-
-
-def hash_bits_node(dtype: torch.dtype) -> Node:
-    return Node("HashBits", {"x": ((BATCH, HEADS, LENGTH, DIM), dtype), "planes": ((31, DIM + 1), FP32)}, {})
-
-
-def hash_bits(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
-    given, kernel = tensors_of(run, memory, "codes"), "hamming_hash"
-    turned = scratch_of(run, memory, planes=((DIM + 1, 31), FP32))
-    yield turn(given["planes"], turned["planes"])
-    yield kernel, hamming_kernels.hash_launch(given | turned, "cuda:80", config[kernel])
-
-
-SMYRF = {"is_causal": 1, "self_mode": 3, "across_buckets": 1, "look_back": 0, "look_ahead": 0, "correct_duplicates": 0}
-REFORMER = {**SMYRF, "self_mode": 2, "across_buckets": 0, "look_back": 1, "correct_duplicates": 1}
-LARGE = Config({"BLOCK_M": 16, "BLOCK_N": 256}, num_warps=4, num_stages=5)
-CLUSTERED = Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2, num_ctas=2)  # thread blocks to a program
-CASES = [
-    Case("block attention", block_attention_node(FP32), block_attention),
-    Case("block attention, large tiles", block_attention_node(FP16), block_attention, LARGE),
-    Case("block attention, clusters", block_attention_node(FP16, capability=90), block_attention, CLUSTERED),
-    Case("Reformer", with_options_node(FP32, one=False, **REFORMER), reformer),
-    Case("causal SMYRF, local, fp16", with_options_node(FP16, one=True, **SMYRF), causal_smyrf),
-    Case("linear attention", linear_node(FP32, is_causal=False), linear_attention),
-    Case("linear attention, causal, fp16", linear_node(FP16, is_causal=True), linear_attention),
-    Case("step of linear attention, fp16", step_node(FP16), linear_attention_step),
-    Case("LSH", hash_argmax_node(FP32), hash_argmax),
-    Case("random hyperplanes, fp16", hash_bits_node(FP16), hash_bits),
-]
 NAMES = [case.name for case in CASES]
 PLAIN, CLUSTERS = NAMES.index("block attention"), NAMES.index("block attention, clusters")
 
@@ -341,11 +134,48 @@ class TestAnOp:
         assert calls[calls.index(looked) + 1] == {"call": "cuStreamSynchronize", "stream": STREAM}
         assert [run.node for run in ran.runs if run.named("cuStreamSynchronize")] == [CASES[at].node]
 
-    def test_of_empty_tensors_launches_nothing(self, library: Path, driver: Path, tmp_path: Path) -> None:
-        node = block_attention_node(FP32)
-        empty = {name: ((0, *shape[1:]), dtype) for name, (shape, dtype) in node.inputs.items()}
-        run = one(library, replace(node, inputs=empty), driver, tmp_path)
+    def test_of_an_empty_batch_launches_nothing(self, library: Path, driver: Path, tmp_path: Path) -> None:
+        """Of what is empty there is no address."""
+        nodes = [
+            replace(case.node, inputs={
+                name: ((0, *shape[1:]) if shape[:1] == (BATCH,) else shape, dtype)
+                for name, (shape, dtype) in case.node.inputs.items()
+            })
+            for case in CASES
+        ]  # fmt: skip
+        for run in run_nodes(library, nodes, driver, tmp_path).runs:
+            assert run.error is None and not run.launches
+
+    def test_without_keys_has_nothing(self, library: Path, driver: Path, tmp_path: Path) -> None:
+        node = centroid_node(FP32, one=False, top_k=TOP_K)
+        shapes = {"k": (BATCH, KV_HEADS, 0, DIM), "v": (BATCH, KV_HEADS, 0, DIM), "key_mask": (BATCH, 0)}
+        inputs = {name: (shapes.get(name, shape), dtype) for name, (shape, dtype) in node.inputs.items()}
+        run = one(library, replace(node, inputs=inputs), driver, tmp_path)
         assert run.error is None and not run.launches
+        out, lse, index = run.outputs[0]
+        rows, minus_infinity = BATCH * HEADS * N_CLUSTERS, 0xFF800000
+        assert fills_of(run) == [(out["address"], 0, rows * DIM), (lse["address"], minus_infinity, rows)]
+        assert index["shape"] == [BATCH, HEADS, N_CLUSTERS, 0]
+
+    @pytest.mark.parametrize("change", ["a dimension more", "a dimension less", "another batch"])
+    def test_of_clusters_that_gets_another_shape_says_which_input_is_wrong(
+        self, change: str, library: Path, driver: Path, tmp_path: Path
+    ) -> None:
+        wrong = [
+            (name, replace(case.node, inputs={**case.node.inputs, name: (other, dtype)}))
+            for case in CASES
+            if case.node.op in OF_CLUSTERS
+            for name, (shape, dtype) in case.node.inputs.items()
+            if (other := changed(shape, change)) is not None
+        ]
+        assert {node.op for _, node in wrong} == OF_CLUSTERS
+        runs = run_nodes(library, [node for _, node in wrong], driver, tmp_path).runs
+        for (name, _), run in zip(wrong, runs, strict=True):
+            assert run.error is not None and run.error.startswith(f"fastattn {run.node.op}: ")
+            # of another batch, it is the others that are wrong
+            assert " must have shape " in run.error and (change == "another batch" or f": {name} " in run.error)
+            assert {launch["kernel"] for launch in run.launches} <= {"repeat_kernel", "assert_range_kernel"}
+            assert len(run.named("cuMemAllocAsync")) == len(run.named("cuMemFreeAsync"))
 
 
 class TestTheRegistry:
@@ -365,6 +195,15 @@ class TestTheRegistry:
         ops = run_nodes(build_library([]), [], None, tmp_path).ops
         assert {op["provider"] for op in ops} == {"CPUExecutionProvider"}
         assert {op["name"] for op in ran.ops} < {op["name"] for op in ops}
+
+
+def changed(shape: tuple[int, ...], change: str) -> tuple[int, ...] | None:
+    """None where there is nothing to change."""
+    if change == "a dimension more":
+        return (1, *shape)
+    if change == "a dimension less":
+        return shape[1:] if shape else None
+    return (BATCH + 1, *shape[1:]) if shape[:1] == (BATCH,) else None
 
 
 def fills_of(run: Run) -> list[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from fastattn.autotune.key import key_for
 from fastattn.autotune.rooms import room_of
 from fastattn.autotune.schema import ConfigFields, Row
 from fastattn.autotune.store import default_store
-from fastattn.export.ort import needs
+from fastattn.export.ort import cuda_steps, needs
 from fastattn.kernels.block_attention import Pattern
 from fastattn.kernels.config import Config
 from fastattn.kernels.linear_attention import Pattern as LinearPattern
@@ -75,9 +75,38 @@ def test_a_step_takes_its_own() -> None:
     assert configs("LinearAttentionStep", "cuda:90")[kernel] != other
 
 
-def test_a_gpu_gets_no_kernels_of_ops_that_only_the_cpu_has() -> None:
+@pytest.mark.parametrize(
+    ("op", "kernel", "flags", "sizes"),
+    [
+        ("HashArgmax", "hash_argmax_digit", {}, {"columns": 32}),  # of 64 buckets
+        ("HashBits", "hamming_hash", {}, {}),
+        ("ClusterSums", "cluster_attention_sums", {}, {}),
+        ("CentroidAttention", "centroid_attention_forward",
+         {"HAS_MASK": False, "HAS_VALUES": True, "HAS_PEAKS": True, "HAS_DROPOUT": False}, {}),
+        ("TopkKeys", "centroid_attention_candidates", {"HAS_MASK": False, "HAS_DROPOUT": False}, {}),
+        ("HammingKmeans", "hamming_count", {}, {}),
+        ("TopkAttention", "topk_attention_forward", {"is_causal": False, "dropout": False}, {}),
+    ],
+)  # fmt: skip
+def test_hashes_and_clusters_take_their_own(
+    op: str, kernel: str, flags: dict[str, bool], sizes: dict[str, int]
+) -> None:
+    own = configs(op, "cuda:90")[kernel]
+    other = Config(own.blocks, 8 if own.num_warps != 8 else 4, 5)
+    dtype = torch.int64 if op == "HammingKmeans" else torch.float16
+    tune(kernel, other, flags, dtype, **sizes)
+    assert configs(op, "cuda:90")[kernel] == other
+    for device_type in ("cuda:80", "cpu"):
+        assert configs(op, device_type)[kernel] != other
+
+
+def test_more_clusters_than_a_tuner_has_rows_take_the_heuristics() -> None:
+    assert configs("HammingKmeans", "cuda:90", n_clusters=5000)
+    assert configs("TopkAttention", "cuda:90", n_clusters=5000, topk=6000)
+
+
+def test_a_gpu_has_all_kernels_of_the_cpu_and_those_between_them() -> None:
     calls = [*needs.every_call([64], ["fp16"])]
     assert {call.op for call in calls} > needs.GPU_OPS
-    rooms = ("block_attention", "hash_argmax", "hamming_hash", "linear_attention")
-    kernels = {variant.kernel for variant in needs.variants(calls, "cuda:90")}
-    assert kernels and all(kernel.startswith(rooms) for kernel in kernels)
+    on_cpu, on_gpu = ({x.kernel for x in needs.variants(calls, device)} for device in ("cpu", "cuda:90"))
+    assert on_gpu == on_cpu | {*cuda_steps.KERNELS} and not on_cpu & {*cuda_steps.KERNELS}
