@@ -177,12 +177,14 @@ template <class X> INLINE X scale_by_power(X p, X n) {
   return p;
 }
 // e^(x * ln 2) = 2^x, and e^x: n is the whole power, the rest of the argument goes through the polynomial.
-// A NaN stays, for it fails every comparison; overflow gives infinity.
+// A NaN stays, for it fails every comparison; overflow gives infinity. What is 0 is not left to the scaling, for masked
+// scores are -inf, and there each vector with a result below 2^-126 costs an Intel core 150 cycles.
 template <bool NATURAL, class X> INLINE X exponential(X x) {
   if constexpr (std::is_same_v<X, float>) return exponential<NATURAL>(broadcast<float, 4>(x))[0];
   else {
-    constexpr float most = NATURAL ? 110.0f : 159.0f;
-    X y = select(x > most, X{} + most, select(x < -most, X{} - most, x));
+    constexpr float most = NATURAL ? 110.0f : 159.0f, least = NATURAL ? -104.0f : -150.0f;
+    const auto is_zero = x <= least;
+    X y = select(x > most, X{} + most, select(is_zero, X{}, x));
     X n, f;
     const X magic = X{} + 12582912.0f;
     n = ((NATURAL ? y * 1.44269504f : y) + magic) - magic;
@@ -196,7 +198,7 @@ template <bool NATURAL, class X> INLINE X exponential(X x) {
     else
 #endif
     r = scale_by_power(p, n);
-    return select(x != x, x, r);
+    return select(is_zero, X{}, select(x != x, x, r));
   }
 }
 template <class X> INLINE X power_of_two(X x) { return exponential<false>(x); }
