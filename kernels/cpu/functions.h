@@ -34,8 +34,39 @@ template <class X> INLINE X min_signed(X a, X b) { return select(a < b, a, b); }
 template <class X> INLINE X max_unsigned(X a, X b) { return select(as_unsigned(a) > as_unsigned(b), a, b); }
 template <class X> INLINE X min_unsigned(X a, X b) { return select(as_unsigned(a) < as_unsigned(b), a, b); }
 // maxnum and minnum give the operand that is a number; maximum and minimum give NaN where there is one
-template <class X> INLINE X max_number(X a, X b) { return select(b != b, a, select(a > b, a, b)); }
-template <class X> INLINE X min_number(X a, X b) { return select(b != b, a, select(a < b, a, b)); }
+// max(a, b) of the processor is b if either is NaN; so it is asked where b is none, and else a stays
+template <class X> constexpr bool has_masks() {
+#if defined(__AVX512VL__)
+  return std::is_same_v<X, V<float, 16>> || std::is_same_v<X, V<float, 8>> || std::is_same_v<X, V<float, 4>>;
+#else
+  return false;
+#endif
+}
+template <bool IS_MAX, class X> INLINE X extreme(X a, X b) {
+#if defined(__AVX512VL__)
+  if constexpr (lanes<X>() == 16) {
+    const auto p = (__m512)a, q = (__m512)b;
+    const auto is_number = _mm512_cmp_ps_mask(q, q, _CMP_ORD_Q);
+    return (X)(IS_MAX ? _mm512_mask_max_ps(p, is_number, p, q) : _mm512_mask_min_ps(p, is_number, p, q));
+  } else if constexpr (lanes<X>() == 8) {
+    const auto p = (__m256)a, q = (__m256)b;
+    const auto is_number = _mm256_cmp_ps_mask(q, q, _CMP_ORD_Q);
+    return (X)(IS_MAX ? _mm256_mask_max_ps(p, is_number, p, q) : _mm256_mask_min_ps(p, is_number, p, q));
+  } else {
+    const auto p = (__m128)a, q = (__m128)b;
+    const auto is_number = _mm_cmp_ps_mask(q, q, _CMP_ORD_Q);
+    return (X)(IS_MAX ? _mm_mask_max_ps(p, is_number, p, q) : _mm_mask_min_ps(p, is_number, p, q));
+  }
+#endif
+}
+template <class X> INLINE X max_number(X a, X b) {
+  if constexpr (has_masks<X>()) return extreme<true>(a, b);
+  else return select(b != b, a, select(a > b, a, b));
+}
+template <class X> INLINE X min_number(X a, X b) {
+  if constexpr (has_masks<X>()) return extreme<false>(a, b);
+  else return select(b != b, a, select(a < b, a, b));
+}
 template <class X> INLINE X max_nan(X a, X b) { return select(a != a, a, select(a > b, a, b)); }
 template <class X> INLINE X min_nan(X a, X b) { return select(a != a, a, select(a < b, a, b)); }
 // the smallest integer, whose negative there is none of, stays
@@ -176,29 +207,33 @@ template <class X> INLINE X scale_by_power(X p, X n) {
   }
   return p;
 }
-// e^(x * ln 2) = 2^x, and e^x: n is the whole power, the rest of the argument goes through the polynomial.
+// e^(x * ln 2) = 2^x, and e^x, as 2^n * p: n is the whole power, the rest of the argument goes through the polynomial
+template <class X> struct Powers { X n, p; };
+template <bool NATURAL, class X> INLINE Powers<X> powers(X x) {
+  const X magic = X{} + 12582912.0f;
+  const X n = ((NATURAL ? x * 1.44269504f : x) + magic) - magic;
+  // ln 2 in two parts, so that n * ln 2 is taken off exactly
+  const X f = NATURAL ? ((x - n * 0.693145752f) - n * 1.42860677e-6f) * 1.44269504f : x - n;
+  return {n, exp2_fraction(f)};
+}
 // A NaN stays, for it fails every comparison; overflow gives infinity. What is 0 is not left to the scaling, for masked
 // scores are -inf, and there each vector with a result below 2^-126 costs an Intel core 150 cycles.
 template <bool NATURAL, class X> INLINE X exponential(X x) {
   if constexpr (std::is_same_v<X, float>) return exponential<NATURAL>(broadcast<float, 4>(x))[0];
   else {
     constexpr float most = NATURAL ? 110.0f : 159.0f, least = NATURAL ? -104.0f : -150.0f;
-    const auto is_zero = x <= least;
-    X y = select(x > most, X{} + most, select(is_zero, X{}, x));
-    X n, f;
-    const X magic = X{} + 12582912.0f;
-    n = ((NATURAL ? y * 1.44269504f : y) + magic) - magic;
-    // ln 2 in two parts, so that n * ln 2 is taken off exactly
-    if constexpr (NATURAL) f = ((y - n * 0.693145752f) - n * 1.42860677e-6f) * 1.44269504f;
-    else f = y - n;
-    X p = exp2_fraction(f);
-    X r;
 #if defined(__AVX512F__)
-    if constexpr (lanes<X>() == 16) r = (X)_mm512_scalef_ps((__m512)p, (__m512)n);
-    else
+    // the scaling is an instruction, and min takes its second operand, a NaN, where it can't compare
+    if constexpr (lanes<X>() == 16) {
+      const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLE_UQ);
+      const X y = (X)_mm512_maskz_min_ps(counts, _mm512_set1_ps(most), (__m512)x);
+      const auto [n, p] = powers<NATURAL>(y);
+      return (X)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
+    }
 #endif
-    r = scale_by_power(p, n);
-    return select(is_zero, X{}, select(x != x, x, r));
+    const auto is_zero = x <= least;
+    const auto [n, p] = powers<NATURAL>(select(x > most, X{} + most, select(is_zero, X{}, x)));
+    return select(is_zero, X{}, select(x != x, x, scale_by_power(p, n)));
   }
 }
 template <class X> INLINE X power_of_two(X x) { return exponential<false>(x); }

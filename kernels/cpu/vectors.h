@@ -63,18 +63,34 @@ template <class M, class A> INLINE A select(M m, A a, A b) {
 }
 
 // ---- folding the lanes of vectors into lane 0: f(a..., b...) combines b into a, on vectors of any width
-template <class X> INLINE auto low_half(X x) {
-  V<lane_t<X>, lanes<X>() / 2> r;
-  memcpy(&r, &x, sizeof r);
-  return r;
+template <int FIRST, class X, size_t... L> INLINE auto part(X x, std::index_sequence<L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, (FIRST + L)...);
+#else
+  return V<lane_t<X>, sizeof...(L)>{x[FIRST + L]...};
+#endif
 }
+template <class X> INLINE auto low_half(X x) { return part<0>(x, std::make_index_sequence<lanes<X>() / 2>()); }
 template <class X> INLINE auto high_half(X x) {
-  V<lane_t<X>, lanes<X>() / 2> r;
-  memcpy(&r, (const char*)&x + sizeof r, sizeof r);
-  return r;
+  return part<lanes<X>() / 2>(x, std::make_index_sequence<lanes<X>() / 2>());
+}
+// lane l is lane l + STEP of x, from the first on again behind the last
+template <int STEP, class X, size_t... L> INLINE X turned(X x, std::index_sequence<L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, ((STEP + L) % lanes<X>())...);
+#else
+  return X{x[(STEP + L) % lanes<X>()]...};
+#endif
+}
+// From four lanes on they stay four: narrower ones are scalars to the compiler, whose choice between them is a jump.
+template <int STEP, class F, class... X> INLINE void fold_turned(F f, X&... x) {
+  if constexpr (STEP > 0) {
+    f(x..., turned<STEP>(x, std::make_index_sequence<lanes<X>()>())...);
+    fold_turned<STEP / 2>(f, x...);
+  }
 }
 template <class F, class A, class... B> INLINE void fold_lanes(F f, A& a, B&... b) {
-  if constexpr (lanes<A>() > 1) {
+  if constexpr (lanes<A>() > 4) {
     std::tuple low{low_half(a), low_half(b)...};
     std::apply([&](auto& x, auto&... y) {
       f(x, y..., high_half(a), high_half(b)...);
@@ -82,5 +98,7 @@ template <class F, class A, class... B> INLINE void fold_lanes(F f, A& a, B&... 
       a[0] = x[0];
       ((b[0] = y[0]), ...);
     }, low);
+  } else {
+    fold_turned<lanes<A>() / 2>(f, a, b...);
   }
 }
