@@ -15,6 +15,7 @@ import torch
 from fastattn.autotune.source import ROOMS
 
 _OF_CODES = ("hamming_assign", "hamming_count", "hamming_update")
+_OF_HASHES = ("smyrf_hash_lift",)
 
 
 def kernel_names(start: str = "all") -> list[str]:
@@ -36,4 +37,6 @@ def room_of(kernel: str) -> ModuleType:
 
 def key_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
     """As which an op looks ``kernel`` up in a call with inputs of ``dtype``: some kernels only see hashes of these."""
-    return torch.int64 if kernel in _OF_CODES else dtype
+    if kernel in _OF_CODES:
+        return torch.int64
+    return torch.float32 if kernel in _OF_HASHES else dtype

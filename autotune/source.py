@@ -15,6 +15,7 @@ from typing import Any
 ROOMS = (
     "block_attention",
     "hash_argmax",
+    "smyrf_hash",
     "hamming",
     "cluster_attention",
     "topk_attention",

@@ -27,6 +27,7 @@ _FILES = (
     "local_blocks",
     "lsh_attention",
     "smyrf_attention",
+    "smyrf_hash",
     "sorted_blocks",
     "stable_argsort",
     "topk_attention",

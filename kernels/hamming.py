@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .config import Config, Cost, TuningSpace, cdiv, next_power_of_2, products
-from .launch import Launch, Lookup, device_kind, is_interpreted, run_planned, unit_stride
+from .launch import Launch, Lookup, device_kind, exact_precision, is_interpreted, run_planned, unit_stride
 from .tiles import head_of
 
 
@@ -297,11 +297,6 @@ def chunks(length: int, device_type: str) -> tuple[int, int]:
     return cdiv(length, size), size
 
 
-def _precision(kind: str) -> str:
-    """Codes are decided in fp32; three TF32 products give that on NVIDIA's tensor cores."""
-    return "tf32x3" if kind.startswith("cuda") else "ieee"
-
-
 def hash_launch(tensors: Mapping[str, torch.Tensor], device_type: str, config: Config | None = None) -> Launch:
     """On x (B, H, N, D), planes (D + 1, n_bits), fp32 and contiguous, and codes (B, H, N)."""
     x, planes, codes = tensors["x"], tensors["planes"], tensors["codes"]
@@ -310,7 +305,7 @@ def hash_launch(tensors: Mapping[str, torch.Tensor], device_type: str, config: C
     args: dict[str, Any] = {"x_ptr": x, "planes_ptr": planes, "codes_ptr": codes}
     args |= dict(zip(("x_stride_b", "x_stride_h", "x_stride_n"), x.stride(), strict=False))
     args |= {"n_heads": heads, "length": length, "n_bits": planes.shape[1]}
-    args |= {"DIM": head_dim, "PRECISION": _precision(device_type)}
+    args |= {"DIM": head_dim, "PRECISION": exact_precision(device_type)}
     return Launch(hash_kernel, (batch * heads * cdiv(length, config.blocks["BLOCK_M"]),), args, config)
 
 

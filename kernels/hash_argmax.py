@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .config import SCORE_OPS, Config, Cost, TuningSpace, cdiv, next_power_of_2, padded, products
-from .launch import Launch, Lookup, device_kind, run_planned, unit_stride
+from .launch import Launch, Lookup, device_kind, exact_precision, run_planned, unit_stride
 from .tiles import head_of, load_rows
 
 
@@ -134,9 +134,8 @@ def launches_of(
 
 
 def _precision(kind: str, head_dim: int) -> str:
-    """Buckets are decided in fp32. Three TF32 products give that on NVIDIA's tensor cores, which halves of wider rows
-    leave no registers for."""
-    return "tf32x3" if kind.startswith("cuda") and head_dim <= 64 else "ieee"
+    """Products of wider rows leave no registers for the halves of their operands."""
+    return exact_precision(kind) if head_dim <= 64 else "ieee"
 
 
 def hash_argmax(

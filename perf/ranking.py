@@ -39,6 +39,7 @@ from perf.plot import pyplot
 SIZES: dict[str, dict[str, int]] = {
     "block_attention": {"length": 1024, "heads": 1, "cluster_size": 128},
     "hash_argmax": {"length": 1024, "heads": 1, "rounds": 4},
+    "smyrf_hash": {"length": 4096, "heads": 1},
     "hamming": {"length": 2048, "heads": 1},
     "cluster_attention": {"heads": 1},
     "topk_attention": {"length": 1024, "heads": 1, "n_clusters": 8, "top_k": 64},
@@ -46,6 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
     "linear_attention": {"length": 1024, "heads": 1, "head_dim": 32, "value_dim": 32},
     "linear_attention_step": {"batch": 8},
 }
+LATER = frozenset({"smyrf_hash_project", "smyrf_hash_lift"})  # kernels younger than the times in results
 SECONDS = 15.0  # of measuring, for a kernel
 LEAST_TURNS, MOST_TURNS = 8, 200
 FLAT = 1.10  # a space whose slowest candidate is within this of its fastest has no order to speak of

@@ -193,7 +193,7 @@ def _attend(
     is_self_like = q.shape[2] == k.shape[2] and query_mask is key_mask
     clusters = smyrf_routing.plan(q.shape[2], k.shape[2], q_cluster_size, k_cluster_size, is_self_like)
     with no_autocast(q.device.type):
-        rows = smyrf_routing.route(q, k, projections, n_hashes, key_mask, query_mask, clusters)
+        rows = smyrf_routing.route(q, k, projections, n_hashes, key_mask, query_mask, clusters, how.get("impl"))
     if local_window > 0:
         how["local_index"] = local_blocks(local_window, q, query_mask, key_mask)
     if is_causal:

@@ -1,6 +1,6 @@
 """Which queries meet which keys in SMYRF: hashes of rows, sorted, and cut into clusters of equal size.
 
-Nothing here is differentiated, and neither F(q) nor G(k), of D + 2 columns, is ever made.
+Nothing here is differentiated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.argsort import stable_argsort
+from fastattn.ops.smyrf_hash import hash_rows
+from fastattn.reference.smyrf_hash import heights
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ def route(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     clusters: Clusters,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q_index (B, H, R, nb, Cq) and k_index (B, H, R, nb, Ck), int32. projections: None for principal directions."""
-    q_hash, k_hash = _hashes(q, k, projections, n_hashes, key_mask, query_mask)
+    """q_index (B, H, R, nb, Cq) and k_index (B, H, R, nb, Ck), int32. projections: None for principal directions.
+    impl: of the hash."""
+    q_hash, k_hash = _hashes(q, k, projections, n_hashes, key_mask, query_mask, impl)
     q_index = _cut(_order(q_hash, query_mask), query_mask, clusters.n_blocks, clusters.q_size, clusters.packed)
     k_index = _cut(_order(k_hash, key_mask), key_mask, clusters.n_blocks, clusters.k_size, clusters.packed)
     return q_index, k_index
@@ -66,37 +70,15 @@ def _hashes(
     n_hashes: int,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """F(q) and G(k) on the directions, (B, H, R, N) and (B, H, R, S)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(dtype), k.to(dtype)
-    q_height, k_height = _heights(q, k, key_mask, query_mask)
     if projections is None:
-        projections = principal_directions(q, q_height, query_mask, n_hashes)
-    projections = projections.to(dtype)
-    directions, k_direction, q_direction = projections[..., :-2, :], projections[..., -2, :], projections[..., -1, :]
-    q_hash = torch.addcmul(_project(q, directions), q_height.unsqueeze(2), q_direction.unsqueeze(-1))
-    k_hash = torch.addcmul(_project_keys(k, directions, q.shape[1]), k_height.unsqueeze(2), k_direction.unsqueeze(-1))
-    return q_hash, k_hash
-
-
-def _heights(q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The coordinates sqrt(R2 - |x|^2) that F and G add: (B, H, N) and (B, H, S)."""
-    q_square, q_most = _square_norms(q, query_mask)
-    k_square, k_most = _square_norms(k, key_mask)
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k_square, k_most = k_square.repeat_interleave(group, 1), k_most.repeat_interleave(group, 1)
-    radius = q_most + k_most  # [B, H, 1]
-    return (radius - q_square).clamp_min_(0).sqrt_(), (radius - k_square).clamp_min_(0).sqrt_()
-
-
-def _square_norms(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """|x_i|^2 (B, H, N) and the largest over the rows that take part (B, H, 1)."""
-    # vector_norm makes no copy of x, which x.square() would
-    square = torch.linalg.vector_norm(x, dim=-1).square_()
-    real = square if mask is None else square.masked_fill(~mask.unsqueeze(1), 0.0)
-    return square, real.amax(-1, keepdim=True)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        exact_q = q.to(dtype)
+        q_height, _ = heights(exact_q, k.to(dtype), query_mask, key_mask)
+        projections = principal_directions(exact_q, q_height, query_mask, n_hashes)
+    return hash_rows(q, k, projections, query_mask, key_mask, impl)
 
 
 def principal_directions(q: Tensor, q_height: Tensor, query_mask: Tensor | None, n_hashes: int) -> Tensor:
@@ -123,29 +105,6 @@ def principal_directions(q: Tensor, q_height: Tensor, query_mask: Tensor | None,
     directions = torch.where(largest < 0, -directions, directions)
     of_q, of_height = directions[..., :-1, :], directions[..., -1:, :]
     return torch.cat([of_q, torch.zeros_like(of_height), of_height], -2)  # F(q) has 0 where G(k) has its height
-
-
-def _project(x: Tensor, directions: Tensor) -> Tensor:
-    """x (B, H, N, D) on directions (D, R) or (B, H, D, R): (B, H, R, N). Sorting wants N last, and the product is twice
-    as fast so."""
-    turned = x.transpose(1, 2)
-    if directions.dim() > 2 or not turned.is_contiguous():
-        return directions.mT @ x.mT
-    # heads split off a projection, as models have them: one product without a copy
-    batch, n, heads, dim = turned.shape
-    return (directions.mT @ turned.reshape(-1, dim).mT).view(-1, batch, n, heads).permute(1, 3, 0, 2)
-
-
-def _project_keys(k: Tensor, directions: Tensor, heads: int) -> Tensor:
-    """k (B, Hkv, S, D) on directions (D, R) or (B, H, D, R): (B, H, R, S), without a copy of k for each query head."""
-    batch, kv_heads, n_keys, _ = k.shape
-    group = heads // kv_heads
-    if group == 1:
-        return _project(k, directions)
-    if directions.dim() == 2:
-        return _project(k, directions).repeat_interleave(group, 1)
-    of_group = directions.unflatten(1, (kv_heads, group)).transpose(2, 3).flatten(3)  # [B, Hkv, D, G * R]
-    return (of_group.mT @ k.mT).view(batch, heads, -1, n_keys)
 
 
 def _order(hashes: Tensor, mask: Tensor | None) -> Tensor:

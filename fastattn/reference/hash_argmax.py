@@ -18,7 +18,7 @@ def hash_argmax(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, rotations = x.to(dtype), rotations.to(dtype)
-    with _highest_precision():
+    with highest_precision():
         rotated = torch.einsum("bhnd,hdrw->bhrnw", x, rotations.expand(x.shape[1], -1, -1, -1))
     bucket = torch.zeros(rotated.shape[:-1], dtype=torch.int64, device=x.device)
     weight = 1
@@ -29,7 +29,7 @@ def hash_argmax(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _highest_precision() -> Iterator[None]:
+def highest_precision() -> Iterator[None]:
     """Products of fp32 as they are; where another thread multiplies meanwhile, its are too."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

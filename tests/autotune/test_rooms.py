@@ -33,6 +33,7 @@ from fastattn.ops import (
     hash_bits,
     linear_attention,
     linear_attention_step,
+    smyrf_hash,
     topk_attention,
 )
 
@@ -158,6 +159,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "block_attention": block,
         "hash_argmax": lambda: hash_argmax.hash_argmax(torch.randn(1, 2, 70, 16), torch.randn(2, 16, 2, 8), 16),
+        "smyrf_hash": lambda: smyrf_hash.smyrf_hash(*torch.randn(2, 1, 2, 70, 16), torch.randn(18, 2)),
         "hamming": hamming,
         "cluster_attention": cluster,
         "topk_attention": topk,
@@ -197,7 +199,7 @@ def test_the_op_finds_the_rows_of_its_room(room: ModuleType, monkeypatch: pytest
             tensor.zero_()
 
     ops = [block_attention, centroid_attention, cluster_attention, hash_argmax, hash_bits, hamming_kmeans]
-    for op in (*ops, linear_attention, linear_attention_step, topk_attention):
+    for op in (*ops, linear_attention, linear_attention_step, smyrf_hash, topk_attention):
         monkeypatch.setattr(op, "lookup", spy)
     monkeypatch.setattr(kernels, "run_planned", only_asked)
     calls()[name]()

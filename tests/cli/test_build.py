@@ -28,8 +28,10 @@ def cache_dir(tmp_path, monkeypatch):
     engine.forget()
 
 
-ALWAYS = 2  # what runs on threads, and the sort
-SMYRF = 6  # its kernels for one dtype, head dim and cluster size
+ALWAYS = 3  # what runs on threads, the sort, and what ends SMYRF's hash
+HASH = 2  # SMYRF's kernels for one dtype and head dim, with a mask and without
+BLOCKS = 6  # those that ask for a cluster size too
+SMYRF = HASH + BLOCKS
 
 
 def fastattn_build(*words: str, status: int = 0) -> list[str]:
@@ -104,7 +106,7 @@ def jobs(*words: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_head_dims_and_cluster_sizes_and_patterns_multiply(monkeypatch):
     assert len(jobs("--cpu", "--head-dim", "32,64", monkeypatch=monkeypatch)) == ALWAYS + 2 * SMYRF
     assert (
-        len(jobs("--cpu", "--cluster-size", "64,100,128", monkeypatch=monkeypatch)) == ALWAYS + 2 * SMYRF
+        len(jobs("--cpu", "--cluster-size", "64,100,128", monkeypatch=monkeypatch)) == ALWAYS + HASH + 2 * BLOCKS
     )  # 100 takes 128's
     every = jobs("--cpu", "--every-pattern", monkeypatch=monkeypatch)
     assert sum("block_attention" in line for line in every) == 50

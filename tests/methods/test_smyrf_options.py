@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import smyrf_attention
 from fastattn.methods import smyrf_routing
 from fastattn.reference import smyrf as definition
+from fastattn.reference.smyrf_hash import heights
 from tests.accuracy import assert_as_accurate
 from tests.methods.test_smyrf import SIZE, D, draws, inputs
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves
@@ -187,7 +188,7 @@ class TestPrincipalDirections:
         q, k, v = inputs(heads=4, kv_heads=kv_heads, n=75)
         mask = one_mask(75) if masked else None
         expected = self.directions(q, k, mask)
-        q_height, _ = smyrf_routing._heights(q, k, mask, mask)
+        q_height, _ = heights(q, k, mask, mask)
         actual = smyrf_routing.principal_directions(q, q_height, mask, 3)
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
         out = smyrf_attention(q, k, v, n_hashes=3, key_mask=mask, **self.PRINCIPAL)

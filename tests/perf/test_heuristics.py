@@ -71,7 +71,7 @@ def test_every_default_is_within_a_quarter_of_the_best_of_its_recorded_space() -
     by_kernel: dict[str, list[dict[str, Any]]] = {}
     for row in json.loads(path.read_text())["rows"]:
         by_kernel.setdefault(row["kernel"], []).append(row)
-    assert by_kernel.keys() == set(rooms.kernel_names())
+    assert by_kernel.keys() | ranking.LATER == set(rooms.kernel_names())
     slow = {}
     for kernel, rows in by_kernel.items():
         room = rooms.room_of(kernel)
