@@ -114,7 +114,7 @@ def example(
     tensors |= {"out": state if pattern.own_keys else y, "key_mask": state}
     if pattern.has_mask:
         tensors["key_mask"] = meta(sizes.batch, sizes.length, dtype=torch.bool)
-    (launch,) = kernels.launches_of((kernel,), tensors, pattern, _EPS, {kernel: config}, chunk)
+    (launch,) = kernels.launches_of((kernel,), tensors, pattern, _EPS, {kernel: config}, chunk, device_type)
     return launch
 
 

@@ -194,11 +194,12 @@ def chunk_length(length: int, is_causal: bool, config: Mapping[str, Config]) -> 
 
 def launches_of(
     kernels: tuple[str, ...], tensors: Mapping[str, torch.Tensor], pattern: Pattern, eps: float,
-    config: Mapping[str, Config], chunk: int,
+    config: Mapping[str, Config], chunk: int, device_type: str | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """Launches of a pass on ``tensors``, named as the kernels' pointer arguments without ``_ptr``; there may be more.
 
-    kernels: in the order in which they run. config: one for each. chunk: rows of a state.
+    kernels: in the order in which they run. config: one for each. chunk: rows of a state. device_type: as heuristics
+    take it; None is that of the tensors.
     """
     own, x, y = tensors["own_x"], tensors["other_x"], tensors["other_y"]
     batch, other_heads, n_other, features = x.shape
@@ -221,8 +222,7 @@ def launches_of(
     args |= {"OWN_MASK": pattern.has_mask and pattern.own_keys, "HAS_INITIAL": pattern.has_initial}
     args |= {"OTHER_MASK": pattern.has_mask and not pattern.own_keys}
     args |= {"NARROW": narrow, "NARROW_SUMS": narrow and y.dtype == torch.bfloat16}
-    # what is fp32 beside fp16 or bf16 inputs needs no more than TF32's precision
-    args |= {"PRECISION": "tf32" if is_half and not torch.version.hip else dot_precision(y.dtype)}
+    args |= {"PRECISION": _precision(y.dtype, device_type or device_kind(y.device))}
     for kernel in kernels:
         blocks = config[kernel].blocks
         if kernel == "linear_attention_states":
@@ -235,6 +235,11 @@ def launches_of(
             grid = batch * n_heads * cdiv(n_own, blocks["BLOCK_M"]) * cdiv(dim, blocks[block])
         given = {name: args[name] for name in KERNELS[kernel].arg_names if name in args}
         yield Launch(KERNELS[kernel], (grid,), given, config[kernel])
+
+
+def _precision(dtype: torch.dtype, device_type: str) -> str:
+    """What is fp32 beside fp16 or bf16 inputs needs no more than TF32's precision, which AMD's GPUs do not all have."""
+    return dot_precision(dtype) if dtype == torch.float32 or device_type.startswith("hip") else "tf32"
 
 
 @lru_cache(maxsize=1024)
@@ -362,5 +367,5 @@ def example_launch(
     tensors |= {"states": state, "before": state, "final": state, "initial": state}
     tensors["out"] = state if pattern.own_keys else y
     tensors["key_mask"] = torch.empty(1, 64, dtype=torch.bool, device="meta") if pattern.has_mask else state
-    (launch,) = launches_of((kernel,), tensors, pattern, 1e-6, {kernel: config}, 64)
+    (launch,) = launches_of((kernel,), tensors, pattern, 1e-6, {kernel: config}, 64, device_type)
     return launch

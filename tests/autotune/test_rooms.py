@@ -222,6 +222,14 @@ def test_candidates_begin_with_the_heuristic_and_repeat_nothing(kernel: str, dev
                 assert cost.steps > 0 and cost.bytes > 0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_example_for_an_amd_gpu_asks_for_tf32(kernel: str) -> None:
+    room = rooms.room_of(kernel)
+    sizes = room.representative(64)[0]
+    config = room.candidates(kernel, "hip:gfx90a", sizes, 2, {})[0]
+    assert room.example(kernel, sizes, torch.float16, "hip:gfx90a", config).args.get("PRECISION", "ieee") == "ieee"
+
+
 def test_blocks_of_a_cluster_are_tried_where_there_are_clusters() -> None:
     room = rooms.room_of("block_attention_forward")
     ctas = {
