@@ -34,6 +34,15 @@ def what_was_compiled_is_forgotten() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture
+def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block sizes that come with the package are not there."""
+    from fastattn.autotune import pins, store
+
+    for module in (pins, store):
+        monkeypatch.setattr(module, "shipped_store", lambda: store.Store(tmp_path / "not there"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="where tests create their tensors, as in cuda; see tests/device.py")
 

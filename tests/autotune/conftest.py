@@ -15,7 +15,7 @@ from fastattn.autotune.schema import ConfigFields, Row
 
 
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_shipped: None) -> Iterator[Path]:
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path))
     choice.forget()
     store._warned.clear()

@@ -29,7 +29,7 @@ FORWARD = "block_attention_forward"
 
 
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_shipped: None) -> Iterator[Path]:
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     choice.forget()
     yield tmp_path / "cache"
