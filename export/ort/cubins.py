@@ -6,8 +6,8 @@ here: which parameters it has, its shared memory, and that Triton wants no memor
 
 A library with cubins is for sessions on GPUs. It registers the ops of ``needs.GPU_OPS``, for GPUs and for the CPU, and
 no others: ONNX Runtime takes a node to the CPU, with copies there and back, if that alone has a kernel for it, and runs
-its body on the GPU if no one has. So of SMYRF's node, which sorts, the hash and the sort are ONNX Runtime's own CUDA
-kernels, and the attention in its body is ours.
+its body on the GPU if no one has. So of SMYRF's node the hash and the attention in its body are ours, and the sort
+between them is ONNX Runtime's own CUDA kernels.
 """
 
 from __future__ import annotations
@@ -84,13 +84,14 @@ class Binary:
 
 def multiples_of_16(variant: Variant) -> tuple[str, ...]:
     """The parameters that divide by 16 in each launch: addresses, as ONNX Runtime allocates, and strides where all rows
-    are of such lengths, for tensors are contiguous."""
+    are of such lengths, for tensors are contiguous; but not of SMYRF's directions, which are two numbers longer."""
     types, constants = signature(variant.launch)
     of_whole_rows = all(constants[name] % 16 == 0 for name in _ROWS if name in constants)
     return tuple(
         name
         for name, kind in types.items()
-        if kind.startswith("*") or (kind != "constexpr" and "stride" in name and of_whole_rows)
+        if kind.startswith("*")
+        or (kind != "constexpr" and "stride" in name and of_whole_rows and variant.launch.args[name] % 16 == 0)
     )
 
 

@@ -248,6 +248,22 @@ def _linear_attention_step(call: Call, device_type: str) -> Iterator[Variant]:
         yield Variant(kernel, launch)
 
 
+def _smyrf_hash(call: Call, device_type: str) -> Iterator[Variant]:
+    from fastattn.kernels import smyrf_hash as room
+
+    # a mask is always given here
+    kernel = "smyrf_hash_project"
+    config = tuned(kernel, device_type, call.dtype, {}, head_dim=call.head_dim)
+    launch = room.example_launch(
+        kernel, call.dtype, head_dim=call.head_dim, is_masked=True, device_type=device_type, config=config
+    )
+    yield Variant(kernel, launch)
+    kernel = "smyrf_hash_lift"  # for directions of any length
+    config = tuned(kernel, device_type, torch.float32, {})
+    launch = room.example_launch(kernel, torch.float32, head_dim=_LENGTH, device_type=device_type, config=config)
+    yield Variant(kernel, launch)
+
+
 def _topk_attention(call: Call, device_type: str) -> Iterator[Variant]:
     from fastattn.kernels import topk_attention as room
 
@@ -283,10 +299,11 @@ _ROOMS: dict[str, Callable[[Call, str], Iterator[Variant]]] = {
     "HashBits": _hash_bits,
     "LinearAttention": _linear_attention,
     "LinearAttentionStep": _linear_attention_step,
+    "SmyrfHash": _smyrf_hash,
     "TopkAttention": _topk_attention,
     "TopkKeys": _centroid_attention,
 }
 # those that do all of their work in kernels
 GPU_OPS = frozenset(_ROOMS)
-# the others, SMYRF's hash and sort, are C++ for the CPU
-OPS = frozenset({*_ROOMS, "SmyrfHash", "SortedBlocks"})
+# SMYRF's sort is C++ for the CPU
+OPS = frozenset({*_ROOMS, "SortedBlocks"})

@@ -1,99 +1,93 @@
-// SMYRF's hashes of queries and keys: products with the directions, and the heights that put all rows on one sphere.
-#include <algorithm>
-#include <limits>
-
-#include "cpu.h"
+// SMYRF's hashes of queries and keys, two launches a side: kernels/smyrf_hash.py.
 #include "heads.h"
 #include "ops.h"
-#include "routines.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int64_t kRowsATask = 256;
-constexpr int64_t kNumbersATask = 1 << 14;
+constexpr int64_t kLeastRows = 16;  // of a tile
 
-// The rows of one side, of all of its heads: products [heads, rounds, length], squares [heads, length].
-struct Side {
-  const Tensor& x;
-  float* products;
-  float* squares;
+class Hash {
+ public:
+  explicit Hash(const Context& context)
+      : device_(context.device()), q_(context.input(0).expect({-1, -1, -1, -1})), batch_(q_[0]), heads_(q_[1]),
+        dim_(q_[3]), k_(context.input(1).expect({batch_, -1, -1, dim_})),
+        projections_(context.input(2).expect({dim_ + 2, -1})), rounds_(projections_[1]),
+        query_mask_(context.input(3).expect({batch_, q_[2]})), key_mask_(context.input(4).expect({batch_, k_[2]})) {
+    check_heads(heads_, k_[1]);
+    check_lengths({q_[2], k_[2]});
+    product_below(INT32_MAX, "numbers in projections", {projections_.shape.count()});
+  }
+
+  void run(const Context& context) {
+    const Result q_hash(context, 0, {batch_, heads_, rounds_, q_[2]});
+    const Result k_hash(context, 1, {batch_, heads_, rounds_, k_[2]});
+    if (batch_ * heads_ * rounds_ == 0) return;
+    directions_ = floats({rounds_, dim_ + 2});
+    device_.turn(projections_.as<float>(), directions_, 1, dim_ + 2, rounds_);
+    const Side queries = project(q_, query_mask_, q_hash.data()), keys = project(k_, key_mask_, k_hash.data());
+    lift(queries, keys, dim_ + 1);
+    lift(keys, queries, dim_);
+  }
+
+ private:
+  // The products, [batch, heads, rounds, length], become the hashes. Of each tile of rows the largest square is kept.
+  struct Side {
+    int64_t length;
+    float *products, *squares, *most;
+    int64_t tiles;
+  };
+
+  float* floats(std::initializer_list<int64_t> sizes) const {
+    return static_cast<float*>(device_.scratch(product({4, product(sizes)})));
+  }
+
+  Launch begin(const char* kernel, const Side& side) const {
+    Launch launch(kernel);
+    launch.pointer("products_ptr", Type::fp32, side.products).pointer("squares_ptr", Type::fp32, side.squares);
+    launch.pointer("most_ptr", Type::fp32, side.most).pointer("directions_ptr", Type::fp32, directions_);
+    // all heads share them
+    launch.integer("directions_stride_b", 0).integer("directions_stride_h", 0);
+    launch.integer("directions_stride_r", dim_ + 2).integer("n_heads", heads_);
+    return launch.integer("n_rows", side.length).integer("n_rounds", rounds_);
+  }
+
+  Side project(const Tensor& x, const Tensor& mask, float* products) const {
+    const int64_t length = x[2];
+    Side side{length, products, floats({batch_, heads_, length}),
+              floats({batch_, heads_, ceil_div(length, kLeastRows)}), 0};
+    if (length == 0) return side;
+    Launch launch = begin("smyrf_hash_project", side);
+    launch.pointer("x_ptr", x.type, x.data).pointer("mask_ptr", mask.type, mask.data);
+    give_strides(launch, x, {"x_stride_b", "x_stride_h", "x_stride_n"});
+    launch.integer("group_size", heads_ / x[1]).constant("HEAD_DIM", dim_).constant("HAS_MASK", 1);
+    const Variant& variant = device_.choose(launch, {});
+    side.tiles = ceil_div(length, variant.block("BLOCK_M"));
+    device_.run(variant, launch, {product({batch_, heads_, side.tiles})});
+    return side;
+  }
+
+  // coordinate: that of the side's height in a direction
+  void lift(const Side& side, const Side& other, int64_t coordinate) const {
+    if (side.length == 0) return;
+    Launch launch = begin("smyrf_hash_lift", side);
+    launch.pointer("other_most_ptr", Type::fp32, other.most).pointer("hashes_ptr", Type::fp32, side.products);
+    launch.integer("n_tiles", side.tiles).integer("n_other_tiles", other.tiles).integer("coordinate", coordinate);
+    const Variant& variant = device_.choose(launch, {});
+    device_.run(variant, launch, {product({batch_, heads_, ceil_div(side.length, variant.block("BLOCK_M"))})});
+  }
+
+  Device& device_;
+  const Tensor q_;
+  const int64_t batch_, heads_, dim_;
+  const Tensor k_, projections_;
+  const int64_t rounds_;
+  const Tensor query_mask_, key_mask_;
+  float* directions_ = nullptr;  // [rounds, dim + 2]: the projections turned
 };
 
-void project(CpuDevice& device, const Side& side, const float* directions, int64_t rounds) {
-  const int64_t length = side.x[2], dim = side.x[3], chunks = ceil_div(length, kRowsATask);
-  const bool is_half = side.x.type == Type::fp16;
-  const char* rows = side.x.as<char>();
-  device.parallel(side.x[0] * side.x[1] * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / chunks, first = task % chunks * kRowsATask;
-      level().routines->project(rows + (head * length + first) * dim * (is_half ? 2 : 4), is_half,
-                                std::min(kRowsATask, length - first), dim, directions, rounds,
-                                side.products + head * rounds * length + first, length,
-                                side.squares + head * length + first);
-    }
-  });
-}
-
-// The largest square of each head's rows that take part; 0 where none does.
-std::vector<float> largest(CpuDevice& device, const Side& side, const Tensor& mask) {
-  const int64_t heads = side.x[0] * side.x[1], length = side.x[2];
-  std::vector<float> most(heads, 0);
-  device.parallel(heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
-      const uint8_t* takes_part = mask.as<uint8_t>() + head / side.x[1] * length;
-      for (int64_t i = 0; i < length; ++i)
-        if (takes_part[i]) most[head] = std::max(most[head], side.squares[head * length + i]);
-    }
-  });
-  return most;
-}
-
 struct SmyrfHash : Node {
-  void run(const Context& context) const override {
-    const Tensor q = context.input(0).expect({-1, -1, -1, -1});
-    const int64_t batch = q[0], heads = q[1], n = q[2], dim = q[3];
-    const Tensor k = context.input(1).expect({batch, -1, -1, dim});
-    const int64_t kv_heads = k[1], s = k[2];
-    check_heads(heads, kv_heads);
-    const Tensor projections = context.input(2).expect({dim + 2, -1});
-    const int64_t rounds = projections[1];
-    const Tensor query_mask = context.input(3).expect({batch, n}), key_mask = context.input(4).expect({batch, s});
-    float* q_hash = static_cast<float*>(context.output(0, {batch, heads, rounds, n}));
-    float* k_hash = static_cast<float*>(context.output(1, {batch, heads, rounds, s}));
-
-    CpuDevice& device = static_cast<CpuDevice&>(context.device());
-    const auto floats = [&](std::initializer_list<int64_t> sizes) {
-      return static_cast<float*>(device.scratch(4 * product(sizes)));
-    };
-    // turned, so that directions are rows; the last two are those of the keys' and the queries' heights
-    const float* given = projections.as<float>();
-    float* directions = floats({rounds, dim + 2});
-    for (int64_t r = 0; r < rounds; ++r)
-      for (int64_t d = 0; d < dim; ++d) directions[r * dim + d] = given[d * rounds + r];
-
-    if (!q_hash) q_hash = floats({batch, heads, rounds, n});
-    if (!k_hash) k_hash = floats({batch, heads, rounds, s});
-    const Side queries{q, q_hash, floats({batch, heads, n})};
-    const Side keys{k, floats({batch, kv_heads, rounds, s}), floats({batch, kv_heads, s})};
-    project(device, queries, directions, rounds);
-    project(device, keys, directions, rounds);
-    const std::vector<float> q_most = largest(device, queries, query_mask), k_most = largest(device, keys, key_mask);
-
-    const int64_t group = kv_heads ? heads / kv_heads : 1;
-    device.parallel(batch * heads * rounds, std::max<int64_t>(1, kNumbersATask / std::max<int64_t>(1, n + s)),
-                    [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / rounds, r = task % rounds;
-        const int64_t kv_head = head / heads * kv_heads + head % heads / group;
-        const float radius = q_most[head] + k_most[kv_head];
-        float* mine = q_hash + task * n;
-        level().routines->lift(mine, queries.squares + head * n, given[(dim + 1) * rounds + r], radius, mine, n);
-        level().routines->lift(keys.products + (kv_head * rounds + r) * s, keys.squares + kv_head * s,
-                               given[dim * rounds + r], radius, k_hash + task * s, s);
-      }
-    });
-  }
+  void run(const Context& context) const override { Hash(context).run(context); }
 };
 
 }  // namespace
@@ -103,7 +97,8 @@ Definition smyrf_hash() {
           kEachT,
           {{"q"}, {"k"}, {"projections", Port::fp32}, {"query_mask", Port::boolean}, {"key_mask", Port::boolean}},
           {{"q_hash", Port::fp32}, {"k_hash", Port::fp32}},
-          [](const Attributes&) { return std::make_unique<SmyrfHash>(); }};
+          [](const Attributes&) { return std::make_unique<SmyrfHash>(); },
+          true};
 }
 
 }  // namespace fastattn

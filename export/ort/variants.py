@@ -9,7 +9,7 @@ from fastattn.kernels.launch import Launch, signature
 
 _TYPES = {"fp32": "fp32", "fp16": "fp16", "i32": "int32", "i64": "int64", "i1": "boolean"}
 # constants that a build chooses and no launch asks for
-_CHOSEN = frozenset({"PRECISION"})
+_CHOSEN = frozenset({"PRECISION", "BLOCK_R"})
 # those that follow from another constant
 _DERIVED = frozenset({"BLOCK_D", "BLOCK_DV", "BLOCK_DIM"})
 

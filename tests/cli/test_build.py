@@ -202,7 +202,7 @@ def test_the_library_is_of_the_head_dims_and_types_that_were_asked_for(monkeypat
 
 def test_the_library_for_gpus_has_kernels_of_each_and_what_they_have_alone(monkeypatch):
     pytest.importorskip("onnxruntime")
-    from fastattn.export.ort import session
+    from fastattn.export.ort import cuda_steps, session
 
     asked = []
     monkeypatch.setattr(session, "build_library", lambda variants, levels, cuda, _: asked.append((variants, cuda)))
@@ -210,8 +210,8 @@ def test_the_library_for_gpus_has_kernels_of_each_and_what_they_have_alone(monke
     ((variants, cuda),) = asked
     assert list(cuda) == ["cuda:80", "cuda:120"]
     kernels = {variant.kernel for variant in variants}
-    assert "topk_attention_forward" not in kernels and "block_attention_forward" in kernels
-    assert all({variant.kernel for variant in of_gpu} == kernels for of_gpu in cuda.values())
+    assert {"smyrf_hash_project", "block_attention_forward"} < kernels
+    assert all({variant.kernel for variant in of_gpu} == kernels | {*cuda_steps.KERNELS} for of_gpu in cuda.values())
 
 
 @pytest.mark.parametrize(

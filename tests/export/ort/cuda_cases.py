@@ -18,6 +18,7 @@ from fastattn.kernels import hamming as hamming_kernels
 from fastattn.kernels import hash_argmax as hash_kernels
 from fastattn.kernels import linear_attention as linear_kernels
 from fastattn.kernels import linear_attention_step as step_kernels
+from fastattn.kernels import smyrf_hash as smyrf_kernels
 from fastattn.kernels import topk_attention as topk_kernels
 from fastattn.kernels.config import Config, cdiv
 from fastattn.kernels.launch import Launch
@@ -231,6 +232,37 @@ def hash_bits(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launche
     yield kernel, hamming_kernels.hash_launch(given | turned, "cuda:80", config[kernel])
 
 
+def smyrf_hash_node(dtype: torch.dtype) -> Node:
+    sides = [(name, x) for name, x in attention_inputs(dtype).items() if name != "v"]
+    masks = {"query_mask": ((BATCH, LENGTH), torch.bool), "key_mask": ((BATCH, KEYS), torch.bool)}
+    return Node("SmyrfHash", {**dict(sides), "projections": ((DIM + 2, ROUNDS), FP32), **masks}, {})
+
+
+def smyrf_hash(run: Run, memory: Memory, config: Mapping[str, Config]) -> Launches:
+    room, given, kernel = smyrf_kernels, tensors_of(run, memory, "q_hash", "k_hash"), "smyrf_hash_project"
+    made: dict[str, Any] = {"turned": ((1, 1, ROUNDS, DIM + 2), FP32)}
+    lengths = {"q": LENGTH, "k": KEYS}
+    for side, length in lengths.items():
+        made |= {f"{side} squares": ((BATCH, HEADS, length), FP32)}
+        made |= {f"{side} most": ((BATCH, HEADS, cdiv(length, 16)), FP32)}
+    tensors = scratch_of(run, memory, **made)
+    yield turn(given["projections"], tensors["turned"])
+    directions = tensors["turned"].expand(BATCH, HEADS, -1, -1)
+    memory.addresses[id(directions)] = memory.of(tensors["turned"])
+    sides = {
+        side: {"x": given[side], "directions": directions, "mask": given[mask], "products": given[f"{side}_hash"],
+               "squares": tensors[f"{side} squares"], "most": tensors[f"{side} most"]}
+        for side, mask in (("q", "query_mask"), ("k", "key_mask"))
+    }  # fmt: skip
+    for side in "qk":
+        yield kernel, room.project_launch(sides[side], "cuda:80", config[kernel])
+    tile, kernel = config[kernel].blocks["BLOCK_M"], "smyrf_hash_lift"
+    for side, other in ("qk", "kq"):
+        own = sides[side] | {"other_most": sides[other]["most"], "hashes": sides[side]["products"]}
+        is_q = side == "q"
+        yield kernel, room.lift_launch(own, tile, lengths[other], "cuda:80", of_queries=is_q, config=config[kernel])
+
+
 def cluster_sums_node(dtype: torch.dtype) -> Node:
     inputs = {"x": ((BATCH, HEADS, ROWS, DIM), dtype), "clusters": ((BATCH, HEADS, ROWS), INT32)}
     return Node("ClusterSums", inputs, {"n_clusters": N_CLUSTERS})
@@ -350,6 +382,8 @@ CASES = [
     Case("step of linear attention, fp16", step_node(FP16), linear_attention_step),
     Case("LSH", hash_argmax_node(FP32), hash_argmax),
     Case("random hyperplanes, fp16", hash_bits_node(FP16), hash_bits),
+    Case("SMYRF's hash", smyrf_hash_node(FP32), smyrf_hash),
+    Case("SMYRF's hash, fp16", smyrf_hash_node(FP16), smyrf_hash),
     Case("k-means", hamming_kmeans_node(), hamming_kmeans),
     Case("sums of clusters", cluster_sums_node(FP32), cluster_sums),
     Case("sums of clusters, fp16", cluster_sums_node(FP16), cluster_sums),

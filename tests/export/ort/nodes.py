@@ -23,10 +23,12 @@ from fastattn.ops.cluster_attention import cluster_sums
 from fastattn.ops.cluster_members import members
 from fastattn.ops.hash_argmax import hash_argmax
 from fastattn.ops.hash_bits import hash_bits
+from fastattn.ops.smyrf_hash import smyrf_hash
 from fastattn.reference.block_attention import fold_key_mask
 from tests.export.element_types import TYPES
 
 DIM, VALUE_DIM, CLUSTERS, TOP_K, FACTORS = 20, 12, 7, 5, (8, 4)
+DIMS_OF_HASHES = (16, 83)  # beside DIM, of what SMYRF hashes
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ def run(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> 
 @cache
 def library() -> Path:
     """One with what all of :func:`nodes` run."""
-    return build_library(needs.variants(node.call() for node in nodes()))
+    hashes = [Call("SmyrfHash", dtype, dim) for dtype in (torch.float32, torch.float16) for dim in DIMS_OF_HASHES]
+    return build_library(needs.variants([*(node.call() for node in nodes()), *hashes]))
 
 
 def nodes() -> Iterator[Node]:
     """A node of each op with kernels, and with each type where kernels know it: grouped heads, odd lengths, masks."""
     for dtype in (torch.float32, torch.float16):
         yield from _attention(dtype)
+        yield smyrf_hash_node(dtype, 133, 77)
         if dtype == torch.float32:  # the others' types meet the same code
             yield from _hashes_and_clusters(dtype)
 
@@ -197,6 +201,18 @@ def _hashes_and_clusters(dtype: torch.dtype) -> Iterator[Node]:
     outputs = {"out": dtype, "new_s": torch.float32, "new_z": torch.float32}
     expected = linear_attention_step.forward(*one.values(), s, z, "elu", 1e-6)
     yield Node("LinearAttentionStep", {**one, "s": s, "z": z}, outputs, {"feature_map": 0, "eps": 1e-6}, expected)
+
+
+def smyrf_hash_node(dtype: torch.dtype, n: int, s: int, dim: int = DIM) -> Node:
+    g = torch.Generator().manual_seed(n)
+    given = {
+        "q": torch.randn(2, 4, n, dim, generator=g).to(dtype),
+        "k": torch.randn(2, 2, s, dim, generator=g).to(dtype),
+    }
+    given["projections"] = torch.randn(dim + 2, 5, generator=g)
+    masks = {"query_mask": torch.rand(2, n, generator=g) > 0.2, "key_mask": torch.rand(2, s, generator=g) > 0.2}
+    expected = smyrf_hash(*given.values(), **masks)
+    return Node("SmyrfHash", given | masks, {"q_hash": torch.float32, "k_hash": torch.float32}, {}, expected)
 
 
 def _partition(lead: tuple[int, ...], n: int, n_blocks: int, size: int, g: torch.Generator) -> Tensor:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fastattn.kernels.cpu.build import find_compiler
-from tests.export.ort.nodes import Node, library, nodes
-from tests.export.ort.test_ops import smyrf_hash, sorted_blocks
+from tests.export.ort.nodes import Node, library, nodes, smyrf_hash_node
+from tests.export.ort.test_ops import sorted_blocks
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 NODES = {node.op: node for node in nodes() if torch.float16 not in node.outputs.values()}
-NODES["SmyrfHash"] = smyrf_hash(torch.float32, 40, 30)
+NODES["SmyrfHash"] = smyrf_hash_node(torch.float32, 40, 30)
 NODES["SortedBlocks"] = sorted_blocks(torch.zeros(2, 3, 4, 50), torch.ones(2, 50, dtype=torch.bool), 5, 16, 1)
 
 

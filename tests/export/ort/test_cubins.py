@@ -90,6 +90,16 @@ class TestWhatIsTakenToDivideBy16:
     def test_is_no_stride_of_odd_rows(self) -> None:
         assert not [name for name in self.of(40) if "stride" in name]
 
+    @pytest.mark.parametrize("head_dim", [14, 64])
+    def test_is_no_stride_of_directions_which_are_two_numbers_longer(self, head_dim: int) -> None:
+        from fastattn.export.ort import needs
+
+        variants = needs.variants([needs.Call("SmyrfHash", torch.float16, head_dim)], "cuda:80")
+        assert [variant.kernel for variant in variants] == ["smyrf_hash_project", "smyrf_hash_lift"]
+        for variant in variants:
+            assert "directions_ptr" in cubins.multiples_of_16(variant)
+            assert "directions_stride_r" not in cubins.multiples_of_16(variant)
+
 
 class TestObjects:
     def test_are_compiled_once_and_one_that_fails_is_named(

@@ -27,6 +27,7 @@ from tests.export.ort.cuda_cases import (
     TOP_K,
     block_attention_node,
     centroid_node,
+    smyrf_hash_node,
 )
 from tests.export.ort.on_cuda import (
     STREAM,
@@ -156,6 +157,14 @@ class TestAnOp:
         rows, minus_infinity = BATCH * HEADS * N_CLUSTERS, 0xFF800000
         assert fills_of(run) == [(out["address"], 0, rows * DIM), (lse["address"], minus_infinity, rows)]
         assert index["shape"] == [BATCH, HEADS, N_CLUSTERS, 0]
+
+    def test_hashes_queries_without_keys(self, library: Path, driver: Path, tmp_path: Path) -> None:
+        node = smyrf_hash_node(FP32)
+        shapes = {"k": (BATCH, KV_HEADS, 0, DIM), "key_mask": (BATCH, 0)}
+        inputs = {name: (shapes.get(name, shape), dtype) for name, (shape, dtype) in node.inputs.items()}
+        run = one(library, replace(node, inputs=inputs), driver, tmp_path)
+        assert run.error is None and run.outputs[0][1]["shape"] == [BATCH, HEADS, ROUNDS, 0]
+        assert [launch["kernel"] for launch in run.launches] == ["turn_kernel", "project_kernel", "lift_kernel"]
 
     @pytest.mark.parametrize("change", ["a dimension more", "a dimension less", "another batch"])
     def test_of_clusters_that_gets_another_shape_says_which_input_is_wrong(

@@ -54,15 +54,16 @@ def run(model: bytes, head_dim: int, library: Path | None) -> Tensor:
 @pytest.fixture(scope="module")
 def library() -> Path:
     """For one GPU, and for the CPU what that has too; of this no kernel runs here."""
-    call = needs.Call("BlockAttention", torch.float32, DIM, DIM, torch.float32, {"q_cluster_size": DIM})
-    return build_library(needs.variants([call]), cuda={"cuda:80": []})
+    ops = "SmyrfHash", "BlockAttention"
+    calls = [needs.Call(op, torch.float32, DIM, DIM, torch.float32, {"q_cluster_size": DIM}) for op in ops]
+    return build_library(needs.variants(calls), cuda={"cuda:80": []})
 
 
 def test_a_whole_methods_node_runs_its_body_and_that_the_librarys_kernels(library: Path) -> None:
     """As on a GPU, where the body's other nodes are ONNX Runtime's own."""
     model = smyrf_model(DIM)
     torch.testing.assert_close(run(model, DIM, library), run(model, DIM, None), rtol=1e-4, atol=1e-5)
-    with pytest.raises(InvalidArgument, match="BlockAttention: this library has no block_attention_forward"):
+    with pytest.raises(InvalidArgument, match="SmyrfHash: this library has no smyrf_hash_project"):
         run(smyrf_model(DIM + 8), DIM + 8, library)
 
 

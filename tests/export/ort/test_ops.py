@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +12,14 @@ from fastattn.export.ort import needs
 from fastattn.kernels.cpu.build import find_compiler
 from fastattn.methods.smyrf_routing import plan, route
 from fastattn.ops.argsort import stable_argsort
-from tests.export.ort.nodes import DIM, Node, library, nodes
+from tests.export.ort.nodes import Node, library, nodes, smyrf_hash_node
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 NODES = list(nodes())
 
 
 def name_of(node: Node) -> str:
-    dtype = "fp16" if torch.float16 in node.outputs.values() else "fp32"
+    dtype = "fp16" if torch.float16 in {x.dtype for x in node.inputs.values()} else "fp32"
     options = [name for name, value in node.attributes.items() if value == 1]
     return "-".join([node.op, dtype, *options])
 
@@ -39,18 +41,7 @@ def test_an_op_gives_what_torchs_op_gives(node: Node) -> None:
 
 
 def test_every_op_with_kernels_is_among_them() -> None:
-    assert {node.op for node in NODES} | {"SmyrfHash", "SortedBlocks"} == needs.OPS
-
-
-def smyrf_hash(dtype: torch.dtype, n: int, s: int, dim: int = DIM) -> Node:
-    g = torch.Generator().manual_seed(n)
-    given = {
-        "q": torch.randn(2, 4, n, dim, generator=g).to(dtype),
-        "k": torch.randn(2, 2, s, dim, generator=g).to(dtype),
-    }
-    given["projections"] = torch.randn(dim + 2, 5, generator=g)
-    given |= {"query_mask": torch.rand(2, n, generator=g) > 0.2, "key_mask": torch.rand(2, s, generator=g) > 0.2}
-    return Node("SmyrfHash", given, {"q_hash": torch.float32, "k_hash": torch.float32}, {})
+    assert {node.op for node in NODES} == needs.GPU_OPS
 
 
 def sorted_blocks(hashes: Tensor, mask: Tensor, n_blocks: int, size: int, packed: int) -> Node:
@@ -61,7 +52,7 @@ def sorted_blocks(hashes: Tensor, mask: Tensor, n_blocks: int, size: int, packed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("n, s, dim", [(300, 300, 20), (1, 1, 20), (77, 130, 16), (259, 5, 83)])
 def test_hashes_and_blocks_route_as_torch_does(dtype: torch.dtype, n: int, s: int, dim: int) -> None:
-    node = smyrf_hash(dtype, n, s, dim)
+    node = smyrf_hash_node(dtype, n, s, dim)
     q, k, projections, query_mask, key_mask = node.inputs.values()
     clusters = plan(n, s, 16, None, is_self_like=False)
     wanted = route(q, k, projections, 5, key_mask, query_mask, clusters)
@@ -71,6 +62,18 @@ def test_hashes_and_blocks_route_as_torch_does(dtype: torch.dtype, n: int, s: in
         (blocks,) = sorted_blocks(hashed, mask, clusters.n_blocks, size, 0).run(library())
         # sums run in another order, so now and then two rows with nearly equal hashes change places
         assert (blocks != index).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("at, x, mask", [(0, "k", "key_mask"), (1, "q", "query_mask")])
+def test_hashes_beside_no_rows_are_those_beside_rows_that_take_no_part(at: int, x: str, mask: str) -> None:
+    node = smyrf_hash_node(torch.float32, 133, 77)
+    given = node.inputs[x], node.inputs[mask]
+    of_none, of_no_rows = (
+        replace(node, inputs={**node.inputs, x: rows, mask: takes_part}).run(library())
+        for rows, takes_part in ((given[0], torch.zeros_like(given[1])), (given[0][:, :, :0], given[1][:, :0]))
+    )
+    assert torch.equal(of_none[at], of_no_rows[at]) and of_no_rows[1 - at].shape == (2, 4, 5, 0)
+    assert not torch.equal(of_none[at], node.expected[at])
 
 
 @pytest.mark.parametrize("packed", [0, 1])

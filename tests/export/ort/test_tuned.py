@@ -80,6 +80,8 @@ def test_a_step_takes_its_own() -> None:
     [
         ("HashArgmax", "hash_argmax_digit", {}, {"columns": 32}),  # of 64 buckets
         ("HashBits", "hamming_hash", {}, {}),
+        ("SmyrfHash", "smyrf_hash_project", {}, {}),
+        ("SmyrfHash", "smyrf_hash_lift", {}, {}),
         ("ClusterSums", "cluster_attention_sums", {}, {}),
         ("CentroidAttention", "centroid_attention_forward",
          {"HAS_MASK": False, "HAS_VALUES": True, "HAS_PEAKS": True, "HAS_DROPOUT": False}, {}),
@@ -93,7 +95,7 @@ def test_hashes_and_clusters_take_their_own(
 ) -> None:
     own = configs(op, "cuda:90")[kernel]
     other = Config(own.blocks, 8 if own.num_warps != 8 else 4, 5)
-    dtype = torch.int64 if op == "HammingKmeans" else torch.float16
+    dtype = {"hamming_count": torch.int64, "smyrf_hash_lift": torch.float32}.get(kernel, torch.float16)
     tune(kernel, other, flags, dtype, **sizes)
     assert configs(op, "cuda:90")[kernel] == other
     for device_type in ("cuda:80", "cpu"):
