@@ -279,7 +279,7 @@ POOLS = {
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_all_programs_of_a_launch_end_before_the_next_begins(threads, pool):
-    driver = engine._driver()
+    driver = engine.driver()
     driver.parallel = POOLS[pool](driver)
     n, rounds = 16 * 61, 10
     x = torch.cat([torch.arange(float(n)), torch.zeros(n)])
