@@ -257,7 +257,7 @@ def test_sizes_that_make_no_sense_are_refused_by_name(kernel: str) -> None:
 def test_kernels_are_found_by_the_start_of_their_names() -> None:
     assert rooms.kernel_names("linear_attention_st") == ["linear_attention_states", "linear_attention_step"]
     assert rooms.kernel_names("all") == KERNELS
-    assert len(KERNELS) == len(set(KERNELS)) == 23
+    assert len(KERNELS) == len(set(KERNELS)) == 25
     for start in ("", "attention", "block_attention_own_key"):
         with pytest.raises(ValueError, match="kernel must be all, one of block_attention_forward, "):
             rooms.kernel_names(start)
