@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.autotune.choice import lookup
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, Tensors, candidates_of, draw, launcher, meta
 from fastattn.kernels import block_attention as kernels
 from fastattn.kernels.config import Config, Cost
 from fastattn.kernels.launch import Launch, device_kind
@@ -25,7 +25,7 @@ _REFORMER = kernels.Pattern(look_back=1, is_causal=True, exclude_self=True, last
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """The input that kernels are measured on: ``rounds`` random partitions into blocks of ``cluster_size``."""
 
     length: int = 4096
@@ -49,7 +49,7 @@ class Sizes:
         }  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        super().__post_init__()
         if self.cluster_size > self.length:
             raise ValueError(f"cluster_size must not be above length {self.length}, got {self.cluster_size}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, Tensors, candidates_of, draw, launcher, meta
 from fastattn.kernels import centroid_attention as kernels
 from fastattn.kernels.config import Config, Cost, cdiv
 from fastattn.kernels.launch import Launch, device_kind
@@ -22,7 +22,7 @@ _GROUP = kernels.GROUP.value
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """``n_queries`` means among ``length`` keys, of which each is to find ``top_k``."""
 
     length: int = 4096
@@ -39,9 +39,6 @@ class Sizes:
             "batch": self.batch, "heads": self.heads, "n_queries": self.n_queries, "head_dim": self.head_dim,
             "n_keys": self.length, "value_dim": self.value_dim,
         }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:

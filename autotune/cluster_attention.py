@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, candidates_of, check_sizes, draw, launcher, meta, one_scatter
+from fastattn.autotune.problem import AtLeastOne, Problem, Tensors, candidates_of, draw, launcher, meta, one_scatter
 from fastattn.kernels import cluster_attention as kernels
 from fastattn.kernels.config import Config, Cost
 from fastattn.kernels.launch import Launch, device_kind
@@ -20,7 +20,7 @@ REFERENCE = ("cluster_attention",)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """Rows of ``head_dim`` numbers in ``n_clusters`` clusters."""
 
     length: int = 4096
@@ -32,9 +32,6 @@ class Sizes:
     def shape(self, kernel: str = "") -> dict[str, int]:
         """As the op names the sizes of a call when it looks a configuration up."""
         return {"clusters": self.n_clusters, "head_dim": self.head_dim}
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from fastattn.autotune.key import Flag
 from fastattn.autotune.problem import (
+    AtLeastOne,
     Problem,
     Tensors,
     agreement,
     candidates_of,
-    check_sizes,
+    cost_of,
     draw,
     launcher,
     meta,
     one_scatter,
 )
 from fastattn.kernels import hamming as kernels
-from fastattn.kernels.config import Config, Cost
+from fastattn.kernels.config import Config
 from fastattn.kernels.launch import Launch, device_kind
 
 REFERENCE = ("hash_bits", "hamming_kmeans")
@@ -38,7 +39,7 @@ _WRITTEN = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """Rows that are hashed to ``n_bits`` bits, and put into ``n_clusters`` clusters by these."""
 
     length: int = 4096
@@ -55,7 +56,7 @@ class Sizes:
         return {"batch": self.batch, "heads": self.heads, "clusters": self.n_clusters}
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        super().__post_init__()
         for name, most in (("n_bits", 63), ("n_clusters", self.length)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
@@ -80,11 +81,7 @@ def candidates(
     return one_scatter(candidates_of(kernels.TUNING[kernel], first, device_type, most), device_type)
 
 
-def cost(
-    kernel: str, sizes: Sizes, element_size: int = 4, config: Config | None = None,
-    flags: Mapping[str, Flag] | None = None,
-) -> Cost:  # fmt: skip
-    return kernels.cost(kernel, **vars(sizes), element_size=element_size, config=config)
+cost = cost_of(kernels)
 
 
 def example(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, agreement, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, agreement, candidates_of, cost_of, draw, launcher, meta
 from fastattn.kernels import hash_argmax as kernels
-from fastattn.kernels.config import Config, Cost
+from fastattn.kernels.config import Config
 from fastattn.kernels.launch import Launch, device_kind
 
 REFERENCE = ("hash_argmax",)
@@ -22,7 +22,7 @@ _OPEN = 1e-3  # of the largest product: as near to it as that, another may be th
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """Rows that are hashed by one factor of ``2 * columns`` buckets, ``rounds`` times over."""
 
     length: int = 4096
@@ -35,9 +35,6 @@ class Sizes:
     def shape(self, kernel: str = "") -> dict[str, int]:
         """As the op names the sizes of a call when it looks a configuration up."""
         return {"rounds": self.rounds, "head_dim": self.head_dim, "columns": self.columns}
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:
@@ -59,11 +56,7 @@ def candidates(
     return candidates_of(kernels.TUNING[kernel], first, device_type, most)
 
 
-def cost(
-    kernel: str, sizes: Sizes, element_size: int = 4, config: Config | None = None,
-    flags: Mapping[str, Flag] | None = None,
-) -> Cost:  # fmt: skip
-    return kernels.cost(kernel, **vars(sizes), element_size=element_size, config=config)
+cost = cost_of(kernels)
 
 
 def example(

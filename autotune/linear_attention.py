@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, candidates_of, draw, launcher, meta
 from fastattn.kernels import linear_attention as kernels
 from fastattn.kernels.config import Config, Cost, cdiv
 from fastattn.kernels.launch import Launch, device_kind
@@ -25,7 +25,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """Rows of ``head_dim`` features, for queries and for as many keys."""
 
     length: int = 4096
@@ -40,9 +40,6 @@ class Sizes:
             "batch": self.batch, "heads": self.heads, "n_rows": self.length,
             "head_dim": self.head_dim, "value_dim": self.value_dim,
         }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:

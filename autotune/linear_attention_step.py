@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, candidates_of, draw, launcher, meta
 from fastattn.kernels import linear_attention_step as kernels
 from fastattn.kernels.config import Config, Cost
 from fastattn.kernels.launch import Launch, device_kind
@@ -20,7 +20,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """One token of each example and head."""
 
     head_dim: int = 64
@@ -31,9 +31,6 @@ class Sizes:
     def shape(self, kernel: str = "") -> dict[str, int]:
         """As the op names the sizes of a call when it looks a configuration up."""
         return {"batch": self.batch, "heads": self.heads, "head_dim": self.head_dim, "value_dim": self.value_dim}
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:

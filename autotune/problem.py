@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.kernels.config import Config, TuningSpace, next_power_of_2
+from fastattn.kernels.config import Config, Cost, TuningSpace, next_power_of_2
 from fastattn.kernels.launch import Launch, run_planned
 
 Tensors = tuple[Tensor, ...]
@@ -160,11 +161,25 @@ def doublings(a: Config, b: Config) -> float:
     return sum(abs(math.log2(x / y)) if x and y else float(x != y) for x, y in pairs)
 
 
-def check_sizes(sizes: Any) -> None:
-    """Every field of a room's Sizes must be at least 1. Raises ValueError, which names the field."""
-    for name, value in vars(sizes).items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+class AtLeastOne:
+    """What a room's Sizes, a dataclass, stands on: every field is at least 1, or ValueError names it."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def cost_of(kernels: ModuleType) -> Callable[..., Cost]:
+    """A room's ``cost``, where its Sizes have the names and no flag changes the work."""
+
+    def cost(
+        kernel: str, sizes: AtLeastOne, element_size: int = 4, config: Config | None = None,
+        flags: Mapping[str, Flag] | None = None,
+    ) -> Cost:  # fmt: skip
+        return kernels.cost(kernel, **vars(sizes), element_size=element_size, config=config)
+
+    return cost
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:

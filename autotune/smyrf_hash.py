@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, candidates_of, cost_of, draw, launcher, meta
 from fastattn.kernels import smyrf_hash as kernels
-from fastattn.kernels.config import Config, Cost
+from fastattn.kernels.config import Config
 from fastattn.kernels.launch import Launch, device_kind
 
 REFERENCE = ("smyrf_hash",)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """One side: rows that are hashed ``rounds`` times over."""
 
     length: int = 16384
@@ -33,9 +33,6 @@ class Sizes:
         if kernel == "smyrf_hash_lift":
             return {"rounds": self.rounds}
         return {"rounds": self.rounds, "head_dim": self.head_dim}
-
-    def __post_init__(self) -> None:
-        check_sizes(self)
 
 
 def representative(head_dim: int) -> list[Sizes]:
@@ -60,11 +57,7 @@ def candidates(
     return candidates_of(space, first, device_type, most, fixed)
 
 
-def cost(
-    kernel: str, sizes: Sizes, element_size: int = 4, config: Config | None = None,
-    flags: Mapping[str, Flag] | None = None,
-) -> Cost:  # fmt: skip
-    return kernels.cost(kernel, **vars(sizes), element_size=element_size, config=config)
+cost = cost_of(kernels)
 
 
 def example(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autotune.key import Flag
-from fastattn.autotune.problem import Problem, Tensors, by_head, candidates_of, check_sizes, draw, launcher, meta
+from fastattn.autotune.problem import AtLeastOne, Problem, Tensors, by_head, candidates_of, draw, launcher, meta
 from fastattn.kernels import topk_attention as kernels
 from fastattn.kernels.config import Config, Cost, cdiv
 from fastattn.kernels.launch import Launch, device_kind
@@ -22,7 +22,7 @@ _SUM = "topk_attention_sum"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(AtLeastOne):
     """``length`` queries in ``n_clusters`` clusters, each with a list of ``top_k`` of as many keys."""
 
     length: int = 4096
@@ -43,7 +43,7 @@ class Sizes:
         }  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        super().__post_init__()
         for name in ("top_k", "n_clusters"):
             if getattr(self, name) > self.length:
                 raise ValueError(f"{name} must not be above length {self.length}, got {getattr(self, name)}")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import clustered_attention
 from fastattn.methods.clustered import assign_clusters
@@ -17,6 +16,7 @@ from tests.accuracy import assert_as_accurate, original
 from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves, needs_compiler
+from tests.watching import LargestTensor
 
 D, C = 8, 5  # of the fixtures, and of most tests here, so that kernels are built once
 
@@ -274,21 +274,11 @@ def test_autocast_casts_as_sdpa_does(impl: str | None) -> None:
 @needs_compiler
 def test_memory_is_linear_in_the_length() -> None:
     """No tensor on the way has more elements than a few of the inputs', however many clusters there are."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            made = result if isinstance(result, (tuple, list)) else (result,)
-            largest = max([largest, *(x.numel() for x in made if isinstance(x, Tensor))])
-            return result
-
     x = leaves(*inputs(1, 1, 4096))
     knobs: dict[str, Any] = {"n_clusters": 64, "n_bits": 32, "impl": "triton"}
-    with Watch():
+    with LargestTensor() as largest:
         clustered_attention(*x, **knobs).sum().backward()
-    assert largest <= 2 * x[0].numel()
+    assert 0 < largest.elements <= 2 * x[0].numel()
 
 
 def test_double_backward_is_refused_only_when_it_happens() -> None:

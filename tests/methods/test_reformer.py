@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import lsh_attention
 from fastattn.methods import reformer
@@ -18,6 +17,7 @@ from tests.accuracy import assert_as_accurate
 from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, needs_compiler
+from tests.watching import LargestTensor
 
 D, SIZE, ROUNDS = 8, 16, 3  # in most tests here, so that kernels are built once
 Two = tuple[Tensor, Tensor]
@@ -362,17 +362,6 @@ class TestInTorch:
         assert lsh_attention(qk, v, bucket_size=SIZE).shape == (2, 4, 75, D)
 
 
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple) else (result,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return result
-
-
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 def test_no_intermediate_tensor_is_larger_than_the_inputs(masked: bool) -> None:
     """So memory is linear in the length, whatever the number of buckets."""
@@ -380,7 +369,7 @@ def test_no_intermediate_tensor_is_larger_than_the_inputs(masked: bool) -> None:
     key_mask = torch.arange(1000).expand(1, -1) < 900 if masked else None
     knobs: dict[str, Any] = {"bucket_size": SIZE, "n_hashes": 4, "rotations": draws(1000, 4), "key_mask": key_mask}
     lsh_attention(*x, **knobs)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         out = lsh_attention(*x, **knobs)
         out.sum().backward()
     assert 0 < largest.elements <= max(x[0].numel(), math.prod((D, 4, 500)))

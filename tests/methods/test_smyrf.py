@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import smyrf_attention
 from fastattn.methods import smyrf_routing
@@ -18,6 +17,7 @@ from tests.accuracy import assert_as_accurate, original
 from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, each, gradients, leaves
+from tests.watching import LargestTensor
 
 D, SIZE = 8, 16  # of the fixtures, and of most tests here, so that kernels are built once
 
@@ -290,19 +290,6 @@ class TestInTorch:
         assert smyrf_attention(*x, q_cluster_size=SIZE).shape == (2, 2, 75, D)
 
 
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple) else (result,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
-
-
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 def test_no_intermediate_tensor_is_larger_than_the_inputs(masked: bool) -> None:
     """So memory is linear in the length, and F(q), G(k) of D + 2 columns are never made."""
@@ -310,6 +297,6 @@ def test_no_intermediate_tensor_is_larger_than_the_inputs(masked: bool) -> None:
     key_mask = torch.arange(1000).expand(1, -1) < 900 if masked else None
     projections = draws(4)
     smyrf_attention(q, k, v, q_cluster_size=SIZE, projections=projections, key_mask=key_mask)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         smyrf_attention(q, k, v, q_cluster_size=SIZE, projections=projections, key_mask=key_mask)
     assert 0 < largest.elements <= q.numel()

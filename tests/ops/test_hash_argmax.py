@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.ops.hash_argmax import hash_argmax
 from tests.accuracy import original
 from tests.bad_input import Bad, Change, each_of
-from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, needs_compiler
+from tests.watching import LargestTensor, coarse_products
 
 
 def draws(
@@ -148,30 +147,15 @@ def test_carries_no_gradient() -> None:
 def test_torchs_matmul_precision_and_autocast_do_not_matter() -> None:
     x, rotations = draws(n=300)
     expected = hash_argmax(x, rotations, 8)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast(device_type(), dtype=torch.bfloat16):
-            for impl in (None, "reference"):
-                assert torch.equal(hash_argmax(x, rotations, 8, impl=impl), expected)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
+    with coarse_products():
+        for impl in (None, "reference"):
+            assert torch.equal(hash_argmax(x, rotations, 8, impl=impl), expected)
 
 
 @needs_compiler
 def test_memory_does_not_depend_on_the_number_of_buckets() -> None:
     x, rotations = draws(n=300, width=75)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         hash_argmax(x, rotations, 150, impl="triton")
     assert 0 < largest.elements <= x.numel()  # a view of x; the products would be 14 times as many
 

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.ops.smyrf_hash import smyrf_hash
 from fastattn.reference import smyrf as definition
 from tests.bad_input import Bad, Change, each_of
-from tests.device import device_type
 from tests.layouts import LAYOUTS
 from tests.ops.cases import IMPLS, Three, needs_compiler
+from tests.watching import LargestTensor, coarse_products
 
 Masks = dict[str, Tensor]
 
@@ -151,32 +150,17 @@ def test_carries_no_gradient() -> None:
 
 def test_torchs_matmul_precision_and_autocast_do_not_matter() -> None:
     args = draws(n=300)
-    before = torch.get_float32_matmul_precision()
     for impl in (None, "reference"):
         expected = smyrf_hash(*args, impl=impl)
-        torch.set_float32_matmul_precision("medium")
-        try:
-            with torch.autocast(device_type(), dtype=torch.bfloat16):
-                assert all(map(torch.equal, smyrf_hash(*args, impl=impl), expected))
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple) else (result,):
-            self.elements = max(self.elements, x.numel())
-        return result
+        with coarse_products():
+            assert all(map(torch.equal, smyrf_hash(*args, impl=impl), expected))
 
 
 @needs_compiler
 def test_memory_is_that_of_the_hashes() -> None:
     """Neither F nor G is made, and keys are not repeated for each query head."""
     q, k, projections = draws(n=300, s=900, dim=64, heads=4, kv_heads=1)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         smyrf_hash(q, k, projections, impl="triton")
     assert 0 < largest.elements <= q.numel()  # a view of q, which F would be larger than
 
